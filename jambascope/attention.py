@@ -1,0 +1,100 @@
+"""Grouped-query attention with or without rotary embedding.
+
+Axes: B batch, T query position, S key position (past and present), H head, K key/value head, P d_head, D d_model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from torch import nn
+
+from jambascope.config import JambaConfig
+from jambascope.hook_point import HookPoint
+from jambascope.state import Run
+
+
+class Attention(nn.Module):
+    """``hook_pattern`` and ``hook_attn_scores`` unheard means torch's fused attention: no [T S] matrix exists."""
+
+    def __init__(self, config: JambaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_key_value_heads, self.d_head = config.n_heads, config.n_key_value_heads, config.d_head
+        self.rotary_base = config.rotary_base if config.rotary else None
+        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.n_key_value_heads * config.d_head, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.n_key_value_heads * config.d_head, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
+        self.hook_q = HookPoint()  # [B T H P]
+        self.hook_k = HookPoint()  # [B T K P]
+        self.hook_v = HookPoint()  # [B T K P]
+        self.hook_attn_scores = HookPoint()  # [B H T S], masked entries -inf
+        self.hook_pattern = HookPoint()  # [B H T S]
+        self.hook_z = HookPoint()  # [B T H P]
+        self.hook_result = HookPoint()  # [B T H D]
+
+    @property
+    def W_Q(self) -> torch.Tensor:
+        """[H D P]"""
+        return rearrange(self.q_proj.weight, "(h p) d -> h d p", h=self.n_heads)
+
+    @property
+    def W_K(self) -> torch.Tensor:
+        """[H D P]: each key head repeated for the query heads that share it."""
+        return self._per_query_head(self.k_proj.weight)
+
+    @property
+    def W_V(self) -> torch.Tensor:
+        """[H D P]: each value head repeated for the query heads that share it."""
+        return self._per_query_head(self.v_proj.weight)
+
+    @property
+    def W_O(self) -> torch.Tensor:
+        """[H P D]"""
+        return rearrange(self.o_proj.weight, "d (h p) -> h p d", h=self.n_heads)
+
+    def _per_query_head(self, weight: torch.Tensor) -> torch.Tensor:
+        groups = self.n_heads // self.n_key_value_heads
+        return repeat(weight, "(k p) d -> (k g) d p", k=self.n_key_value_heads, g=groups)
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """[B T D] -> [B T D]; keys and values of the past come from ``run.state``."""
+        q = self.hook_q(rearrange(self.q_proj(x), "b t (h p) -> b t h p", h=self.n_heads))
+        k = self.hook_k(rearrange(self.k_proj(x), "b t (k p) -> b t k p", k=self.n_key_value_heads))
+        v = self.hook_v(rearrange(self.v_proj(x), "b t (k p) -> b t k p", k=self.n_key_value_heads))
+        if self.rotary_base is not None:
+            cos, sin = run.rotary(self.d_head, self.rotary_base, q.dtype)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        k, v = run.extend_keys(self.layer, k, v)
+        if self.hook_attn_scores.heard or self.hook_pattern.heard:
+            z = self._attend(q, k, v, run)
+        else:
+            z = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=run.attention_mask,
+                is_causal=run.attention_is_causal,
+                enable_gqa=self.n_heads != self.n_key_value_heads,
+            ).transpose(1, 2)
+        z = self.hook_z(z)
+        if self.hook_result.heard:
+            return self.hook_result(einsum(z, self.W_O, "b t h p, h p d -> b t h d")).sum(2)
+        return self.o_proj(rearrange(z, "b t h p -> b t (h p)"))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run) -> torch.Tensor:
+        """The same attention with its scores and pattern laid open."""
+        groups = self.n_heads // self.n_key_value_heads
+        k, v = (repeat(m, "b s k p -> b s (k g) p", g=groups) for m in (k, v))
+        scores = einsum(q, k, "b t h p, b s h p -> b h t s") * self.d_head**-0.5
+        scores = self.hook_attn_scores(scores.masked_fill(~run.visible, float("-inf")))
+        pattern = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        return einsum(self.hook_pattern(pattern), v, "b h t s, b s h p -> b t h p")
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (RoFormer, arXiv 2104.09864) in the half-split layout; x [B T H P], cos and sin [B T 1 P]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin

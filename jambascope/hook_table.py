@@ -1,0 +1,145 @@
+"""Every hook point of every model here: its name, where it exists, its axes and what an edit to it means.
+
+Axes: B batch, T position, S_keys key position, D d_model, H head, K key/value head, P d_head, E d_inner,
+N d_state, F d_mlp, X expert, S slot, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from jambascope.config import JambaConfig
+from jambascope.errors import HookError
+
+Where = Literal["model", "block", "feed_forward", "attention", "mamba", "dense", "moe"]
+
+
+@dataclass(frozen=True)
+class HookRow:
+    """One row of the table; ``{L}`` in the name stands for the layer."""
+
+    name: str
+    where: Where
+    axes: tuple[str, ...]
+    edit: str
+    expanded: bool = False
+    """Large: kept by ``run_with_cache`` only when asked for by name."""
+
+    def shape(self, config: JambaConfig, batch: int, pos: int) -> tuple[int, ...]:
+        """The activation's shape in a pass over ``batch`` sequences of ``pos`` tokens without a past."""
+        sizes = {
+            "B": batch,
+            "T": pos,
+            "S_keys": pos,
+            "1": 1,
+            "D": config.d_model,
+            "H": config.n_heads,
+            "K": config.n_key_value_heads,
+            "P": config.d_head,
+            "E": config.d_inner,
+            "2E": 2 * config.d_inner,
+            "N": config.d_state,
+            "F": config.d_mlp,
+            "X": config.num_experts,
+            "S": config.experts_per_token,
+            "V": config.d_vocab,
+        }
+        return tuple(sizes[a] for a in self.axes)
+
+
+def _row(name: str, where: Where, axes: str, edit: str, expanded: bool = False) -> HookRow:
+    return HookRow(name, where, tuple(axes.split()), edit, expanded)
+
+
+_B = "blocks.{L}."
+HOOK_TABLE: tuple[HookRow, ...] = (
+    _row("hook_embed", "model", "B T D", "replaces the embedding that enters the first layer"),
+    _row(_B + "hook_resid_pre", "block", "B T D", "replaces the residual stream that enters the layer"),
+    _row(_B + "ln1.hook_scale", "block", "B T 1", "replaces the divisor of the norm before the mixer"),
+    _row(_B + "ln1.hook_normalized", "block", "B T D", "replaces the normalised stream before the norm's weight"),
+    _row(_B + "attn.hook_q", "attention", "B T H P", "replaces queries (before rotary embedding, where there is one)"),
+    _row(_B + "attn.hook_k", "attention", "B T K P", "replaces keys, also those that later calls read from the state"),
+    _row(_B + "attn.hook_v", "attention", "B T K P", "replaces values, also those that later calls read"),
+    _row(_B + "attn.hook_attn_scores", "attention", "B H T S_keys", "replaces scores; the softmax sees the edit"),
+    _row(_B + "attn.hook_pattern", "attention", "B H T S_keys", "replaces the pattern; it is not renormalised"),
+    _row(_B + "attn.hook_z", "attention", "B T H P", "replaces each head's mixed values"),
+    _row(_B + "attn.hook_result", "attention", "B T H D", "replaces each head's addend to the stream", True),
+    _row(_B + "hook_attn_out", "attention", "B T D", "replaces what attention adds to the stream"),
+    _row(_B + "mixer.hook_in_proj", "mamba", "B T 2E", "replaces conv input (first E) and gate (last E)"),
+    _row(_B + "mixer.hook_conv", "mamba", "B T E", "replaces the convolution's output, before SiLU"),
+    _row(_B + "mixer.hook_x", "mamba", "B T E", "replaces the scan's input; dt, B and C are computed from it"),
+    _row(_B + "mixer.hook_gate", "mamba", "B T E", "replaces the gate, before its SiLU"),
+    _row(_B + "mixer.hook_dt", "mamba", "B T E", "replaces the step size (after softplus): decay and write follow"),
+    _row(_B + "mixer.hook_B", "mamba", "B T N", "replaces the input map: the write follows"),
+    _row(_B + "mixer.hook_C", "mamba", "B T N", "replaces the output map: one read-out changes, no state"),
+    _row(_B + "mixer.hook_ssm_write", "mamba", "B E T N", "replaces what is written to the state", True),
+    _row(
+        _B + "mixer.hook_ssm_state",
+        "mamba",
+        "B E T N",
+        "pins the changed entries of the state; later positions are scanned again from them",
+        True,
+    ),
+    _row(_B + "mixer.hook_y", "mamba", "B T E", "replaces the scan's read-out before the gate; no state changes"),
+    _row(_B + "mixer.hook_z", "mamba", "B T E", "replaces the gated read-out"),
+    _row(_B + "hook_mixer_out", "mamba", "B T D", "replaces what the Mamba mixer adds to the stream"),
+    _row(_B + "hook_resid_mid", "feed_forward", "B T D", "replaces the stream between mixer and feed-forward"),
+    _row(_B + "ln2.hook_scale", "feed_forward", "B T 1", "replaces the divisor of the norm before the feed-forward"),
+    _row(_B + "ln2.hook_normalized", "feed_forward", "B T D", "replaces the normalised stream before the weight"),
+    _row(_B + "mlp.hook_pre", "dense", "B T F", "replaces the gate of the SwiGLU, before SiLU"),
+    _row(_B + "mlp.hook_pre_linear", "dense", "B T F", "replaces the linear half of the SwiGLU"),
+    _row(_B + "mlp.hook_post", "dense", "B T F", "replaces the hidden activation before the down projection"),
+    _row(_B + "mlp.router.hook_out", "moe", "B T X", "replaces router logits: experts are selected again"),
+    _row(_B + "mlp.router.hook_expert_weights", "moe", "B T X", "replaces probabilities: experts are selected again"),
+    _row(_B + "mlp.router.hook_expert_indices", "moe", "B T S", "forces the route, with the experts' own weights"),
+    _row(_B + "mlp.hook_expert_out", "moe", "B T S D", "replaces the weighted addend of each chosen expert", True),
+    _row(_B + "hook_mlp_out", "feed_forward", "B T D", "replaces what the feed-forward adds to the stream"),
+    _row(_B + "hook_resid_post", "block", "B T D", "replaces the residual stream that leaves the layer"),
+    _row("ln_final.hook_scale", "model", "B T 1", "replaces the divisor of the final norm"),
+    _row("ln_final.hook_normalized", "model", "B T D", "replaces the normalised stream before the weight"),
+    _row("hook_logits", "model", "B T V", "replaces the logits, and what the loss and sampling see"),
+)
+
+ALIASES = {
+    "mlp.hook_expert_weights": "mlp.router.hook_expert_weights",
+    "mlp.hook_expert_indices": "mlp.router.hook_expert_indices",
+}
+"""Other spellings (TransformerLens's) -> ours, both without ``blocks.L.``."""
+
+
+def hook_rows(config: JambaConfig) -> dict[str, HookRow]:
+    """Every hook point of a model by its full name, in the order in which a forward pass reaches them."""
+    before = [r for r in HOOK_TABLE if r.where == "model" and r.name == "hook_embed"]
+    after = [r for r in HOOK_TABLE if r.where == "model" and r.name != "hook_embed"]
+    rows = {r.name: r for r in before}
+    for layer, (mixer, feed_forward) in enumerate(zip(config.mixers, config.feed_forwards, strict=True)):
+        kinds = {"block", mixer, feed_forward} | ({"feed_forward"} if feed_forward != "none" else set())
+        rows |= {r.name.format(L=layer): r for r in HOOK_TABLE if r.where in kinds}
+    return rows | {r.name: r for r in after}
+
+
+def resolve(name: str, known: Iterable[str]) -> str:
+    """The hook point that ``name`` (perhaps an alias) means; an unknown one raises with the nearest names."""
+    known = list(known)
+    if name in known:
+        return name
+    head, layer, tail = (name.split(".", 2) + ["", ""])[:3]
+    if head == "blocks" and f"blocks.{layer}.{ALIASES.get(tail)}" in known:
+        return f"blocks.{layer}.{ALIASES[tail]}"
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
+    raise HookError(f"this model has no hook point {name!r}; the nearest are {', '.join(nearest)}")
+
+
+def names_filter(
+    wanted: str | Iterable[str] | Callable[[str], bool] | None, rows: dict[str, HookRow]
+) -> Callable[[str], bool]:
+    """A predicate on hook names from what ``run_with_cache`` accepts; None means all but the expanded ones."""
+    if wanted is None:
+        return lambda name: not rows[name].expanded
+    if callable(wanted):
+        return wanted
+    names = {resolve(name, rows) for name in ([wanted] if isinstance(wanted, str) else wanted)}
+    return names.__contains__

@@ -1,0 +1,143 @@
+"""The Mamba-1 mixer, with Jamba's RMSNorm on dt, B and C or without.
+
+Axes: B batch, T position, D d_model, E d_inner, N d_state, R dt_rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import nn
+
+from jambascope.config import JambaConfig
+from jambascope.hook_point import HookPoint
+from jambascope.kernels.conv import causal_conv1d
+from jambascope.kernels.selective_scan import ScanResult, StateEdits, selective_scan
+from jambascope.norms import InnerNorm
+from jambascope.state import MambaState, Run
+
+
+class MambaMixer(nn.Module):
+    """in_proj -> conv, SiLU -> (dt, B, C) -> selective scan -> gate -> out_proj.
+
+    Padding is zeroed before and after the convolution and given a step size of zero, so that it neither writes
+    to the state nor decays it, on whichever side it stands.
+    """
+
+    def __init__(self, config: JambaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        E, N, R = config.d_inner, config.d_state, config.dt_rank
+        self.split_sizes = [R, N, N]
+        self.in_proj = nn.Linear(config.d_model, 2 * E, bias=config.proj_bias)
+        self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=config.conv_bias)
+        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, E, bias=True)
+        self.A_log = nn.Parameter(torch.empty(E, N))
+        self.D = nn.Parameter(torch.empty(E))
+        self.out_proj = nn.Linear(E, config.d_model, bias=config.proj_bias)
+        if config.inner_norms:
+            self.dt_layernorm = InnerNorm(R, config.eps)
+            self.b_layernorm = InnerNorm(N, config.eps)
+            self.c_layernorm = InnerNorm(N, config.eps)
+        else:
+            self.dt_layernorm = self.b_layernorm = self.c_layernorm = nn.Identity()
+        self.hook_in_proj = HookPoint()  # [B T 2E]
+        self.hook_conv = HookPoint()  # [B T E]
+        self.hook_x = HookPoint()  # [B T E]
+        self.hook_gate = HookPoint()  # [B T E]
+        self.hook_dt = HookPoint()  # [B T E]
+        self.hook_B = HookPoint()  # [B T N]
+        self.hook_C = HookPoint()  # [B T N]
+        self.hook_ssm_write = HookPoint()  # [B E T N]
+        self.hook_ssm_state = HookPoint()  # [B E T N]
+        self.hook_y = HookPoint()  # [B T E]
+        self.hook_z = HookPoint()  # [B T E]
+
+    def forward(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
+        """[B T D] -> [B T D]; the state before the first position comes from ``run.state``."""
+        mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
+        memory = run.mamba_state(self.layer)
+
+        x, gate = self.hook_in_proj(self.in_proj(hidden)).chunk(2, dim=-1)
+        gate = self.hook_gate(gate)
+        if mask is not None:
+            x = x * mask
+        x, conv_inputs = causal_conv1d(
+            x, self.conv1d.weight[:, 0], self.conv1d.bias, None if memory is None else memory.conv
+        )
+        x = F.silu(self.hook_conv(x))
+        x = self.hook_x(x if mask is None else x * mask)
+
+        dt, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
+        B, C = self.hook_B(self.b_layernorm(B)), self.hook_C(self.c_layernorm(C))
+        dt = self._step_size(self.dt_layernorm(dt))
+        dt = self.hook_dt(dt if mask is None else dt * mask)
+
+        scan = self._scan(x, dt, B, C, gate, None if memory is None else memory.ssm)
+        if memory is not None:
+            conv = _last_inputs(conv_inputs, self.conv1d.kernel_size[0] - 1, run.mask)
+            run.update_mamba(self.layer, MambaState(conv, scan.final_state))
+        return self.out_proj(self.hook_z(scan.y))
+
+    def _step_size(self, dt: torch.Tensor) -> torch.Tensor:
+        """softplus(dt W + bias), the bias added in float32: [B T R] -> [B T E]."""
+        dt = F.linear(dt, self.dt_proj.weight)
+        dtype = torch.promote_types(dt.dtype, torch.float32)
+        return F.softplus(dt.to(dtype) + self.dt_proj.bias.to(dtype))
+
+    def _scan(self, x, dt, B, C, gate, initial_state) -> ScanResult:
+        """The scan and the gate; the trajectory of states exists only when somebody listens to it."""
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        arguments = dict(A=A, B=B, C=C, D=self.D, initial_state=initial_state)
+        if not self.hook_y.heard:
+            arguments["gate"] = gate
+        if self.hook_ssm_write.heard or self.hook_ssm_state.heard:
+            scan = self._scan_with_listeners(x, dt, arguments)
+        else:
+            scan = selective_scan(x, dt, **arguments)
+        if self.hook_y.heard:
+            scan = scan._replace(y=self.hook_y(scan.y) * F.silu(gate))
+        return scan
+
+    def _scan_with_listeners(self, x: torch.Tensor, dt: torch.Tensor, arguments: dict) -> ScanResult:
+        """The scan with its writes and states shown, scanned again with whatever was changed.
+
+        A changed write is added to the state at its position. A changed entry of the state is pinned to the new
+        value, and later positions follow from it; entries a hook left alone are scanned again.
+        """
+        positions = torch.arange(x.shape[1])
+        edits = None
+        if self.hook_ssm_write.heard:
+            write = einsum(dt * x, arguments["B"].to(dt.dtype), "b t e, b t n -> b e t n")
+            shown = self.hook_ssm_write(write.clone())
+            edits = StateEdits(positions, torch.ones_like(write), shown - write)
+        scan = selective_scan(x, dt, **arguments, capture="all", edits=edits)
+        if not self.hook_ssm_state.heard:
+            return scan
+        states = scan.captured
+        version = states._version
+        shown = self.hook_ssm_state(states)
+        if shown is states and states._version == version:
+            return scan
+        if states._version != version:  # edited in place: what was there before has to be computed again
+            states = selective_scan(x, dt, **arguments, capture="all", edits=edits).captured
+        pinned = shown != states
+        shift = torch.zeros_like(states) if edits is None else edits.shift
+        edits = StateEdits(positions, (~pinned).to(states.dtype), torch.where(pinned, shown, shift))
+        return selective_scan(x, dt, **arguments, edits=edits)
+
+
+def _last_inputs(inputs: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """The last ``count`` inputs of the convolution that belong to tokens: [B count+T E] -> [B count E].
+
+    With padding on the right a row's memory ends at its last token, not at the end of the call.
+    """
+    length = inputs.shape[1] - count
+    if mask is None:
+        return inputs[:, length:].clone()
+    positions = torch.arange(1, length + 1, device=mask.device)
+    end = (mask * positions).amax(1)  # index in `inputs` at which the row's memory starts; 0 if it has no token
+    index = end[:, None] + torch.arange(count, device=mask.device)
+    return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[2]))

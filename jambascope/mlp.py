@@ -1,0 +1,30 @@
+"""The dense feed-forward: SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jambascope.config import JambaConfig
+from jambascope.hook_point import HookPoint
+from jambascope.state import Run
+
+
+class DenseMLP(nn.Module):
+    """``down(SiLU(gate(x)) * up(x))``; hook names as in TransformerLens's gated MLP."""
+
+    def __init__(self, config: JambaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.down_proj = nn.Linear(config.d_mlp, config.d_model, bias=False)
+        self.hook_pre = HookPoint()  # [B T F]
+        self.hook_pre_linear = HookPoint()  # [B T F]
+        self.hook_post = HookPoint()  # [B T F]
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """[B T D] -> [B T D]"""
+        pre = self.hook_pre(self.gate_proj(x))
+        pre_linear = self.hook_pre_linear(self.up_proj(x))
+        return self.down_proj(self.hook_post(F.silu(pre) * pre_linear))

@@ -1,0 +1,387 @@
+"""HookedJamba: embed -> blocks -> unembed, every intermediate behind a hook point."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+from transformer_lens import ActivationCache, HookedRootModule
+
+from jambascope import generation, tokens as tokenization
+from jambascope.attention import Attention
+from jambascope.config import JambaConfig
+from jambascope.errors import ConfigError, InputError
+from jambascope.hook_point import HookPoint
+from jambascope.hook_table import hook_rows, names_filter, resolve
+from jambascope.losses import LossTerms, load_balancing_loss, mean_loss, token_losses
+from jambascope.mamba import MambaMixer
+from jambascope.mlp import DenseMLP
+from jambascope.moe import MoE
+from jambascope.norms import RMSNorm
+from jambascope.state import Auxiliary, InferenceState, Run
+
+Input = str | list[str] | Int[torch.Tensor, "batch pos"] | Int[torch.Tensor, "pos"]
+
+
+class Block(nn.Module):
+    """``x += mixer(ln1(x)); x += feed_forward(ln2(x))``; the second half is absent in pure Mamba."""
+
+    def __init__(self, config: JambaConfig, layer: int) -> None:
+        super().__init__()
+        self.hook_resid_pre = HookPoint()  # [B T D]
+        self.ln1 = RMSNorm(config.d_model, config.eps)
+        if config.mixers[layer] == "attention":
+            self.attn = Attention(config, layer)
+            self.hook_attn_out = HookPoint()  # [B T D]
+        else:
+            self.mixer = MambaMixer(config, layer)
+            self.hook_mixer_out = HookPoint()  # [B T D]
+        self.is_attention = config.mixers[layer] == "attention"
+        self.has_feed_forward = config.feed_forwards[layer] != "none"
+        if self.has_feed_forward:
+            self.hook_resid_mid = HookPoint()  # [B T D]
+            self.ln2 = RMSNorm(config.d_model, config.eps)
+            self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
+            self.hook_mlp_out = HookPoint()  # [B T D]
+        self.hook_resid_post = HookPoint()  # [B T D]
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """[B T D] -> [B T D]"""
+        x = self.hook_resid_pre(x)
+        if self.is_attention:
+            out = self.hook_attn_out(self.attn(self.ln1(x), run))
+        else:
+            out = self.hook_mixer_out(self.mixer(self.ln1(x), run))
+        _note_activation(run, out)
+        x = x + out
+        if self.has_feed_forward:
+            x = self.hook_resid_mid(x)
+            out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
+            _note_activation(run, out)
+            x = x + out
+        return self.hook_resid_post(x)
+
+
+def _note_activation(run: Run, out: torch.Tensor) -> None:
+    if run.auxiliary is not None:
+        run.auxiliary.squared_activations.append(out.float().square().mean())
+
+
+class HookedJamba(HookedRootModule):
+    """A hybrid Transformer-Mamba-MoE language model with a hook point on every intermediate.
+
+    ``run_with_cache``, ``run_with_hooks`` and ``hooks`` are TransformerLens's; the hook points are listed in
+    ``jambascope.hook_table``. What a hook returns is what the rest of the network sees. A model serves one run
+    at a time behind its own lock, so that threads cannot see each other's hooks.
+    """
+
+    tokenizer: Any = None
+    """The checkpoint's tokenizer (a transformers tokenizer), or None: then prompts are token ids."""
+    name_or_path: str = ""
+
+    def __init__(
+        self,
+        config: JambaConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A randomly initialised model (torch's global random numbers; Mamba's own start for A, D and dt)."""
+        super().__init__()
+        if not isinstance(config, JambaConfig):
+            raise ConfigError(f"config is a {type(config).__name__}; give a JambaConfig")
+        self.config = config
+        self._lock = threading.RLock()
+        with torch.device("meta"):
+            self.embed = nn.Embedding(config.d_vocab, config.d_model)
+            self.hook_embed = HookPoint()  # [B T D]
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.ln_final = RMSNorm(config.d_model, config.eps)
+            self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
+            self.hook_logits = HookPoint()  # [B T V]
+        self.hook_rows = hook_rows(config)
+        self.setup()
+        self.to(dtype)
+        self.allocate(device or "cpu")
+        if self.device.type != "meta":
+            initialize(self)
+
+    def allocate(self, device: torch.device | str) -> None:
+        """Give every parameter (uninitialised) memory on ``device``, tied ones together."""
+        self.to_empty(device=device)
+        if self.config.tie_embeddings:
+            self.unembed.weight = self.embed.weight
+
+    # -- what TransformerLens's tools read ------------------------------------------------------------------
+
+    @property
+    def cfg(self) -> SimpleNamespace:
+        """The configuration as TransformerLens's tools read it; ours is ``config``."""
+        c = self.config
+        return SimpleNamespace(
+            n_layers=c.n_layers,
+            d_model=c.d_model,
+            n_heads=c.n_heads,
+            n_key_value_heads=c.n_key_value_heads,
+            d_head=c.d_head,
+            d_mlp=c.d_mlp,
+            d_vocab=c.d_vocab,
+            n_ctx=c.n_ctx,
+            eps=c.eps,
+            num_experts=c.num_experts,
+            experts_per_token=c.experts_per_token,
+            layers_block_type=list(c.mixers),
+            normalization_type="RMS",
+            uses_rms_norm=True,
+            final_rms=True,
+            gated_mlp=True,
+            attn_only=all(f == "none" for f in c.feed_forwards),
+            positional_embedding_type="rotary" if c.rotary else "none",
+            model_name=self.name_or_path,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def W_E(self) -> torch.Tensor:
+        """[V D]"""
+        return self.embed.weight
+
+    @property
+    def W_U(self) -> torch.Tensor:
+        """[D V]"""
+        return self.unembed.weight.T
+
+    @property
+    def b_U(self) -> torch.Tensor:
+        """[V]: Jamba has no unembedding bias."""
+        return torch.zeros(self.config.d_vocab, device=self.device, dtype=self.dtype)
+
+    # -- loading and saving ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> HookedJamba:
+        """Open a packaged model, a Hugging Face directory or a hub id; see ``jambascope.checkpoint.load``."""
+        from jambascope import checkpoint
+
+        return checkpoint.load(name_or_path, device=device, dtype=dtype, revision=revision)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config, weights and tokenizer so that transformers opens them; see ``jambascope.checkpoint.save``."""
+        from jambascope import checkpoint
+
+        checkpoint.save(self, directory)
+
+    # -- running --------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return super().__call__(*args, **kwargs)
+
+    def forward(
+        self,
+        input: Input,
+        attention_mask: Int[torch.Tensor, "batch pos"] | None = None,
+        state: InferenceState | None = None,
+        return_type: Literal["logits", "loss", "both"] | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+    ) -> Any:
+        """Logits [B T V], the loss in nats, or ``(logits, loss)``.
+
+        Args:
+            input: token ids [B T] or [T], a prompt, or a list of prompts (padded on the right, and masked).
+            attention_mask: [B T], 1 for tokens and 0 for padding, on either side.
+            state: memory to continue from and to update; without it every call starts anew.
+            return_type: ``"loss"`` is the mean next-token cross-entropy over tokens, not padding.
+            loss_per_token: the loss as [B T-1] instead of its mean.
+
+        Raises:
+            InputError: ids outside the vocabulary, an empty prompt, a mask or state that does not fit.
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise InputError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None")
+        tokens, mask = self._prepare(input, attention_mask, prepend_bos)
+        logits, _ = self._run(tokens, mask, state)
+        if return_type in ("logits", None):
+            return logits if return_type else None
+        losses = token_losses(logits, tokens)
+        loss = losses if loss_per_token else mean_loss(losses, mask)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def loss_terms(
+        self, input: Input, attention_mask: Int[torch.Tensor, "batch pos"] | None = None
+    ) -> LossTerms:
+        """The training loss and its parts: next token, load balancing, activation."""
+        with self._lock:
+            tokens, mask = self._prepare(input, attention_mask, None)
+            auxiliary = Auxiliary()
+            logits, _ = self._run(tokens, mask, None, auxiliary)
+            lm = mean_loss(token_losses(logits, tokens), mask)
+            balance = lm.new_zeros(())
+            if auxiliary.router_logits:
+                balance = load_balancing_loss(auxiliary.router_logits, self.config.experts_per_token, mask)
+            activation = torch.stack(auxiliary.squared_activations).mean()
+            total = lm + self.config.load_balancing_coef * balance + self.config.activation_coef * activation
+            return LossTerms(lm, balance, activation, total)
+
+    def _prepare(self, input: Input, attention_mask: torch.Tensor | None, prepend_bos: bool | None):
+        """Checked tokens [B T] on the model's device, and the mask as bool or None when all are tokens."""
+        if isinstance(input, (str, list)):
+            tokens, mask = tokenization.encode(self, input, prepend_bos)
+            attention_mask = mask if attention_mask is None else attention_mask
+        else:
+            tokens = input
+        return tokenization.check(tokens, attention_mask, self.config.d_vocab, self.device)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: InferenceState | None,
+        auxiliary: Auxiliary | None = None,
+    ) -> tuple[torch.Tensor, Run]:
+        run = Run(*tokens.shape, tokens.device, mask, state, auxiliary)
+        x = self.hook_embed(self.embed(tokens))
+        for block in self.blocks:
+            x = block(x, run)
+        logits = self.hook_logits(self.unembed(self.ln_final(x)))
+        run.commit()
+        return logits, run
+
+    def new_state(self, batch: int = 1) -> InferenceState:
+        """An empty memory for ``batch`` sequences, to pass to every call that continues them."""
+        return InferenceState.create(self.config, batch, self.device, self.dtype)
+
+    def generate(self, input: Input, max_new_tokens: int = 64, **options: Any) -> Any:
+        """Continue prompts; see :func:`jambascope.generation.generate`."""
+        return generation.generate(self, input, max_new_tokens, **options)
+
+    # -- hooks ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: list[tuple[str | Callable[[str], bool], Callable]] = [],
+        bwd_hooks: list[tuple[str | Callable[[str], bool], Callable]] = [],
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ):
+        """Attach hooks for the duration of a ``with`` block, which holds the model's lock.
+
+        Raises:
+            HookError: before anything is attached, for a name that this model does not have.
+        """
+        fwd, bwd = (
+            [(n if callable(n) else resolve(n, self.hook_dict), hook) for n, hook in hooks]
+            for hooks in (fwd_hooks, bwd_hooks)
+        )
+        with self._lock, super().hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+            yield self
+
+    def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
+        """Attach a hook until ``reset_hooks``; an unknown name raises HookError with the nearest ones."""
+        super().add_hook(name if callable(name) else resolve(name, self.hook_dict), hook, *args, **kwargs)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: Any = None,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run and keep activations: all but the expanded ones, or those that ``names_filter`` names.
+
+        Returns the model's output and an ``ActivationCache`` (a dict with ``return_cache_object=False``).
+        """
+        out, cache = super().run_with_cache(
+            *args, names_filter=self._names_filter(names_filter), remove_batch_dim=remove_batch_dim, **kwargs
+        )
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
+
+    def _names_filter(self, wanted: str | Iterable[str] | Callable[[str], bool] | None) -> Callable[[str], bool]:
+        return names_filter(wanted, self.hook_rows)
+
+    # -- text -----------------------------------------------------------------------------------------------
+
+    def to_tokens(self, input: str | list[str], prepend_bos: bool | None = None) -> Int[torch.Tensor, "batch pos"]:
+        """Token ids [B T] on the model's device; prompts of different lengths are padded on the right.
+
+        Without a tokenizer a prompt is token ids separated by spaces. ``prepend_bos`` None means: when there is one.
+        """
+        return tokenization.encode(self, input, prepend_bos)[0].to(self.device)
+
+    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> list[str]:
+        """The text of each token of one prompt."""
+        return tokenization.str_tokens(self, input, prepend_bos)
+
+    def to_string(self, tokens: Int[torch.Tensor, "*batch pos"]) -> str | list[str]:
+        """The text of token ids [T] (a string) or [B T] (a list)."""
+        return tokenization.decode(self, tokens)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token; anything else raises InputError."""
+        ids = tokenization.encode(self, text, False)[0][0].tolist()
+        if len(ids) != 1:
+            raise InputError(f"{text!r} is {len(ids)} tokens, not one; give the text of a single token")
+        return ids[0]
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[torch.Tensor, "*tokens d_model"]:
+        """The unembedding directions of tokens (ids or single-token texts): what a logit is read along."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
+
+    # -- copying: a lock cannot be copied or pickled ---------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
+
+
+@torch.no_grad()
+def initialize(model: HookedJamba, std: float = 0.02) -> None:
+    """Random weights: normal for matrices; A = -(1..N), D = 1 and dt in [0.001, 0.1] as Mamba starts them."""
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight") or ".ln" in name or name.startswith("ln_final"):
+            p.fill_(1.0)
+        elif name.endswith("A_log"):
+            p.copy_(torch.arange(1, p.shape[1] + 1, device=p.device).float().log().expand_as(p))
+        elif name.endswith(".D"):
+            p.fill_(1.0)
+        elif name.endswith("dt_proj.bias"):
+            dt = torch.exp(torch.empty(p.shape, device=p.device).uniform_(math.log(1e-3), math.log(1e-1)))
+            p.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        elif name.endswith("dt_proj.weight"):
+            p.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5)
+        elif name.endswith("conv1d.weight"):
+            p.uniform_(-(p.shape[2] ** -0.5), p.shape[2] ** -0.5)
+        elif name.endswith("bias"):
+            p.zero_()
+        else:
+            p.normal_(0.0, std)

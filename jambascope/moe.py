@@ -1,0 +1,60 @@
+"""Mixture of experts: softmax over all experts, top-k, kept weights not renormalised."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jambascope.config import JambaConfig
+from jambascope.errors import HookError
+from jambascope.hook_point import HookPoint
+from jambascope.kernels.experts import experts
+from jambascope.state import Run
+
+
+class Router(nn.Module):
+    """Chooses experts. Edited logits or weights re-select; edited indices force the route."""
+
+    def __init__(self, config: JambaConfig) -> None:
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
+        self.hook_out = HookPoint()  # [B T X] logits
+        self.hook_expert_weights = HookPoint()  # [B T X] probabilities of all experts, float32
+        self.hook_expert_indices = HookPoint()  # [B T S]
+
+    def forward(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B T D] -> indices [B T S] and their probabilities [B T S] in the dtype of x."""
+        logits = self.hook_out(F.linear(x, self.weight))
+        if run.auxiliary is not None:
+            run.auxiliary.router_logits.append(logits)
+        weights = logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        weights = self.hook_expert_weights(weights)
+        kept, indices = weights.topk(self.experts_per_token, dim=-1)
+        if self.hook_expert_indices.heard:
+            indices = self.hook_expert_indices(indices)
+            n = weights.shape[-1]
+            if ((indices < 0) | (indices >= n)).any():
+                raise HookError(f"hook at {self.hook_expert_indices.name} chose an expert outside 0..{n - 1}")
+            kept = weights.gather(-1, indices)
+        return indices, kept.to(x.dtype)
+
+
+class MoE(nn.Module):
+    """Routed SwiGLU experts."""
+
+    def __init__(self, config: JambaConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.d_mlp, config.d_model))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.d_model, config.d_mlp))
+        self.hook_expert_out = HookPoint()  # [B T S D] weighted addend of each chosen expert
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """[B T D] -> [B T D]"""
+        indices, weights = self.router(x, run)
+        addends = experts(
+            x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1), self.gate_up_proj, self.down_proj
+        )
+        return self.hook_expert_out(addends.view(*indices.shape, -1)).sum(2)

@@ -1,0 +1,45 @@
+"""RMSNorm, computed in float32 whatever the model's dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jambascope.hook_point import HookPoint
+
+
+class InnerNorm(nn.Module):
+    """RMSNorm: ``x / sqrt(mean(x**2) + eps) * weight`` over the last axis."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class RMSNorm(InnerNorm):
+    """RMSNorm with TransformerLens's two hooks: the divisor, and the value before the weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
+        self.hook_scale = HookPoint()  # [B T 1]
+        self.hook_normalized = HookPoint()  # [B T D]
+
+    @property
+    def w(self) -> torch.Tensor:
+        """The weight under TransformerLens's name."""
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.hook_scale.heard or self.hook_normalized.heard):
+            return super().forward(x)
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = self.hook_scale((x32.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.weight * self.hook_normalized((x32 / scale).to(x.dtype))
