@@ -1,0 +1,177 @@
+"""What the pages share: the model that is open, the prompt, and what one forward pass of it gave.
+
+Results are cached by (checkpoint, token ids, what was asked), never by tensors: Streamlit hashes large arrays by
+samples. Models are shared by all browser sessions; a model serves one run at a time behind its own lock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import streamlit as st
+import torch
+
+from jambascope import HookedJamba
+from jambascope.checkpoint import find_directory
+from jambascope.errors import InputError, JambascopeError
+from jambascope.zoo import packaged_models
+
+MAX_TOKENS = 4096
+"""Longest prompt the pages take: one head's pattern is this squared."""
+TEXT_EXAMPLES = (
+    "Review : the plot was gripping . Sentiment : Positive Review : the acting was dull . Sentiment : Negative "
+    "Review : the film was gripping . Sentiment :",
+    "Review : the plot was gripping . Sentiment :",
+    "the plot was gripping . the acting was dull . the plot was gripping . the acting was",
+)
+ID_EXAMPLES = ("5 17 3 42 8 5 17 3 42", "5 17 3", " ".join(str(3 + i % 7) for i in range(40)))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the command line asked for."""
+
+    model: str
+    device: str | None
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which weights are open; changes when their files do."""
+
+    directory: str
+    modified: int
+    device: str | None
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class View:
+    """An open model and the prompt of this browser session, tokenized."""
+
+    model: HookedJamba
+    checkpoint: Checkpoint
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    name: str
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[1 T] on the model's device."""
+        return torch.tensor([self.ids], device=self.model.device)
+
+    @property
+    def key(self) -> tuple[Checkpoint, tuple[int, ...]]:
+        """Names every result of the forward pass."""
+        return self.checkpoint, self.ids
+
+
+@cache
+def start() -> Start:
+    """The options after ``--`` in ``streamlit run app.py -- --model DIR``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="jamba-micro")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    known, _ = parser.parse_known_args(sys.argv[1:])
+    return Start(known.model, known.device, known.dtype)
+
+
+def model_choices() -> list[str]:
+    """The model given at the start, then the packaged ones. Links can name no others, so they open no other files."""
+    return list(dict.fromkeys([start().model, *packaged_models()]))
+
+
+def examples(model: HookedJamba) -> tuple[str, ...]:
+    """Prompts that a model can read: text, or token ids when its checkpoint has no tokenizer."""
+    if model.tokenizer is None:
+        return tuple(" ".join(str(int(i) % model.config.d_vocab) for i in ids.split()) for ids in ID_EXAMPLES)
+    return TEXT_EXAMPLES
+
+
+def open_checkpoint(name: str) -> tuple[HookedJamba, Checkpoint]:
+    """The model called ``name``, loaded once for all sessions and again when its files change."""
+    directory = find_directory(name)
+    modified = max((p.stat().st_mtime_ns for p in directory.iterdir() if p.is_file()), default=0)
+    checkpoint = Checkpoint(str(directory), modified, start().device, start().dtype)
+    return _load(checkpoint), checkpoint
+
+
+@st.cache_resource(max_entries=2, show_spinner="Opening the model")
+def _load(checkpoint: Checkpoint) -> HookedJamba:
+    dtype = None if checkpoint.dtype is None else getattr(torch, checkpoint.dtype)
+    return HookedJamba.from_pretrained(checkpoint.directory, device=checkpoint.device, dtype=dtype)
+
+
+def view(name: str, prompt: str) -> View:
+    """The model and its tokens of the prompt.
+
+    Raises:
+        InputError: an empty or too long prompt, or one that the model has no tokens for.
+    """
+    model, checkpoint = open_checkpoint(name)
+    if not prompt.strip():
+        example = "'5 17 3'" if model.tokenizer is None else "'the plot was gripping'"
+        raise InputError(f"the prompt is empty; type one in the sidebar, such as {example}")
+    ids = model.to_tokens(prompt)[0].tolist()
+    if len(ids) > MAX_TOKENS:
+        raise InputError(f"the prompt has {len(ids):,} tokens; the pages take at most {MAX_TOKENS:,}, so shorten it")
+    highest = max(ids)
+    if highest >= model.config.d_vocab or min(ids) < 0:
+        bad = highest if highest >= model.config.d_vocab else min(ids)
+        raise InputError(f"token id {bad} is outside the vocabulary; ids run from 0 to {model.config.d_vocab - 1}")
+    return View(model, checkpoint, tuple(ids), _texts(checkpoint, tuple(ids), model), Path(name).name or name)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _texts(checkpoint: Checkpoint, ids: tuple[int, ...], _model: HookedJamba) -> tuple[str, ...]:
+    known = {i: _model.to_string(torch.tensor([i])) for i in set(ids)}
+    return tuple(known[i] for i in ids)
+
+
+def unknown_positions(view: View) -> list[int]:
+    """Positions whose token the tokenizer has no entry for."""
+    unknown = getattr(view.model.tokenizer, "unk_token_id", None)
+    return [position for position, token in enumerate(view.ids) if token == unknown]
+
+
+# -- widgets that several pages show ---------------------------------------------------------------------------
+
+
+def choose_position(view: View, help: str) -> int:
+    """A slider over the prompt's positions, shared by all pages through the URL; the last position to begin with."""
+    last = len(view.ids) - 1
+    if last == 0:
+        st.caption(f"Position 0, {plain(view.texts[0])}: the prompt's only token.")
+        return 0
+    return st.slider("Position", 0, last, last, key="position", bind="query-params", help=help)
+
+
+def choose_layer(layers: tuple[int, ...], key: str, label: str) -> int:
+    """A layer among those of one kind, kept in the URL under ``key``."""
+    if st.session_state.get(key) not in (None, *layers):
+        del st.session_state[key]  # left over from another model
+    return st.selectbox(label, layers, key=key, bind="query-params", format_func=str)
+
+
+def show(fig, key: str, **options):
+    """A figure over the full width, its tool bar reduced to what is useful."""
+    config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": key}}
+    return st.plotly_chart(fig, key=key, width="stretch", theme="streamlit", config=config, **options)
+
+
+def plain(text: str) -> str:
+    """Text that Streamlit's Markdown shows as it is."""
+    for sign in "\\`*_{}[]()#+-!$~|:":
+        text = text.replace(sign, "\\" + sign)
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def error(problem: JambascopeError) -> None:
+    """The project's errors are one readable line; no traceback."""
+    st.error(plain(str(problem)), icon=":material/error:")

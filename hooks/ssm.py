@@ -1,0 +1,157 @@
+"""What Mamba layers hold in their states, and for how long.
+
+Axes: T position, E channel (d_inner), N state. The recurrence of Mamba-1 (Gu and Dao, arXiv 2312.00752, eq. 2 and 4) is
+
+    h_t[e, n] = exp(dt_t[e] A[e, n]) h_{t-1}[e, n] + dt_t[e] B_t[n] x_t[e],        A < 0
+
+so what stands in entry (e, n) after position j has decayed at position i by exp(A[e, n] (dt_{j+1} + ... + dt_i)).
+Norms are root mean squares, so that groups of channels and layers of different widths can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+
+from jambascope.errors import InputError
+
+if TYPE_CHECKING:
+    from jambascope.model import HookedJamba
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """The memory of one Mamba layer over one prompt, on the CPU in float32."""
+
+    states: Float[torch.Tensor, "channels pos states"]
+    """h_t after each position."""
+    dt: Float[torch.Tensor, "pos channels"]
+    """Step sizes, after softplus."""
+    A: Float[torch.Tensor, "channels states"]
+    """Decay rates, negative, per unit of dt."""
+
+
+@torch.no_grad()
+def capture_states(model: HookedJamba, tokens: Int[torch.Tensor, "1 pos"], layer: int) -> LayerStates:
+    """One forward pass over one prompt; the states and step sizes of ``layer`` (E x T x N floats are kept).
+
+    Raises:
+        InputError: ``layer`` is not a Mamba layer of this model.
+    """
+    _check_layer(model, layer)
+    names = [f"blocks.{layer}.mixer.hook_ssm_state", f"blocks.{layer}.mixer.hook_dt"]
+    _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None, return_cache_object=False)
+    states, dt = (cache[name][0].float().cpu() for name in names)
+    return LayerStates(states, dt, decay_rates(model, layer))
+
+
+@torch.no_grad()
+def state_norms(
+    model: HookedJamba, tokens: Int[torch.Tensor, "1 pos"], layers: Iterable[int] | None = None
+) -> dict[int, Float[torch.Tensor, " pos"]]:
+    """Root mean square of the state of each Mamba layer after each position of one prompt: layer -> [T].
+
+    Each layer's states are reduced as they appear, so that only one layer's [E T N] exists at a time.
+    """
+    layers = model.config.mamba_layers if layers is None else tuple(layers)
+    for layer in layers:
+        _check_layer(model, layer)
+    norms: dict[int, torch.Tensor] = {}
+
+    def reduce_to(layer: int):
+        def hook(states: torch.Tensor, hook) -> None:
+            norms[layer] = root_mean_square(states[0], (0, 2)).cpu()
+
+        return hook
+
+    hooks = [(f"blocks.{layer}.mixer.hook_ssm_state", reduce_to(layer)) for layer in layers]
+    with model.hooks(hooks):
+        model(tokens, return_type=None)
+    return norms
+
+
+@torch.no_grad()
+def decay_rates(model: HookedJamba, layer: int) -> Float[torch.Tensor, "channels states"]:
+    """A = -exp(A_log) of a Mamba layer, [E N], float32 on the CPU."""
+    _check_layer(model, layer)
+    return -torch.exp(model.blocks[layer].mixer.A_log.float()).cpu()
+
+
+def root_mean_square(values: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+    """sqrt(mean of squares) over ``dim``: the Euclidean norm divided by the root of the number of entries."""
+    return values.float().square().mean(dim).sqrt()
+
+
+def half_life(
+    A: Float[torch.Tensor, "channels states"], dt: Float[torch.Tensor, "*pos channels"]
+) -> Float[torch.Tensor, "channels states"]:
+    """Tokens until an entry of the state has decayed to half, at the prompt's mean step size: [E N].
+
+    ln 2 / (|A[e, n]| * mean dt[e]); infinite where the mean step size is 0.
+    """
+    mean_dt = dt.float().flatten(0, -2).mean(0) if dt.ndim > 1 else dt.float()
+    return math.log(2) / (A.abs() * mean_dt[:, None])
+
+
+def channel_half_life(half_lives: Float[torch.Tensor, "channels states"]) -> Float[torch.Tensor, " channels"]:
+    """One half-life per channel, in tokens: the median over its N states (the mean of the middle two when even)."""
+    ordered = half_lives.sort(-1).values
+    N = ordered.shape[-1]
+    return (ordered[:, (N - 1) // 2] + ordered[:, N // 2]) / 2
+
+
+def channel_groups(
+    half_lives: Float[torch.Tensor, "channels states"], groups: int = 8
+) -> list[Int[torch.Tensor, " members"]]:
+    """Channels sorted by half-life and split into ``groups`` of (nearly) equal size, the shortest first.
+
+    A model with fewer channels than groups has one group per channel.
+    """
+    if groups < 1:
+        raise InputError(f"groups={groups!r} must be at least 1")
+    order = channel_half_life(half_lives).argsort(stable=True)
+    return list(order.tensor_split(min(groups, len(order))))
+
+
+def group_norms(
+    states: Float[torch.Tensor, "channels pos states"], groups: list[Int[torch.Tensor, " members"]]
+) -> Float[torch.Tensor, "groups pos"]:
+    """Root mean square of the state of each group of channels after each position: [G T]."""
+    return torch.stack([root_mean_square(states[members], (0, 2)) for members in groups])
+
+
+def retention(
+    A: Float[torch.Tensor, "channels states"], dt: Float[torch.Tensor, "pos channels"], start: int
+) -> Float[torch.Tensor, "later channels states"]:
+    """What share of the state after position ``start`` is left after each position from there on: [T-start E N].
+
+    exp(A[e, n] * sum of dt over start+1..i); 1 at ``start`` itself. The exponent is a sum of terms <= 0.
+
+    Raises:
+        InputError: ``start`` is not a position of the prompt.
+    """
+    if not 0 <= start < len(dt):
+        raise InputError(f"start={start!r} must be a position in 0..{len(dt) - 1}")
+    elapsed = torch.cat([torch.zeros_like(dt[:1]), dt[start + 1 :].cumsum(0)])
+    return torch.exp(elapsed[:, :, None] * A)
+
+
+def group_retention(
+    A: Float[torch.Tensor, "channels states"],
+    dt: Float[torch.Tensor, "pos channels"],
+    start: int,
+    groups: list[Int[torch.Tensor, " members"]],
+) -> Float[torch.Tensor, "groups later"]:
+    """Mean retention over the entries of each group of channels, [G T-start]; one group at a time is held."""
+    return torch.stack([retention(A[members], dt[:, members], start).mean((1, 2)) for members in groups])
+
+
+def _check_layer(model: HookedJamba, layer: int) -> None:
+    if layer not in model.config.mamba_layers:
+        listed = ", ".join(map(str, model.config.mamba_layers)) or "none"
+        raise InputError(f"layer={layer!r} is not a Mamba layer of this model; its Mamba layers are {listed}")

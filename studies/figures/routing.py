@@ -1,0 +1,155 @@
+"""Which experts tokens took, with what weight, and how evenly experts are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jambascope.studies.figures.theme import (
+    AMOUNT,
+    FIRST,
+    GUIDE,
+    SECOND,
+    SHARE,
+    color_bar,
+    frame,
+    integer_axis,
+    label,
+    token_axis,
+)
+from jaxtyping import Float
+
+
+def token_routes(
+    weights: Float[np.ndarray, "T X"], tokens: Sequence[str], layer: int, position: int | None = None
+) -> go.Figure:
+    """The weight that each token gave to each expert of one layer; experts it did not choose are left blank.
+
+    Args:
+        weights: router probability where chosen, 0 elsewhere (or all probabilities, to be shown whole).
+        position: a position to mark.
+    """
+    experts = weights.shape[1]
+    z = np.where(weights.T > 0, weights.T, np.nan)
+    text = [[f"{t} {label(token)}<br>expert {e}" for t, token in enumerate(tokens)] for e in range(experts)]
+    fig = go.Figure(
+        go.Heatmap(
+            z=z,
+            text=text,
+            colorscale=AMOUNT,
+            zmin=0,
+            zmax=1,
+            xgap=1 if len(tokens) <= 100 else 0,
+            ygap=1,
+            hoverongaps=False,
+            hovertemplate="%{text}<br>weight %{z:.4f}<extra></extra>",
+            colorbar=color_bar("router weight, 0 to 1"),
+        )
+    )
+    if position is not None:
+        box = {"x0": position - 0.5, "x1": position + 0.5, "y0": -0.5, "y1": experts - 0.5}
+        fig.add_shape(type="rect", line={"color": GUIDE, "width": 1.5}, **box)
+    subtitle = "softmax probability of the experts a token uses (Jamba does not renormalise it)"
+    frame(fig, f"Experts by token, layer {layer}", subtitle, height=200 + max(150, min(20, 640 // experts) * experts))
+    fig.update_xaxes(token_axis(tokens))
+    fig.update_yaxes(integer_axis(range(experts), "expert (index)"))
+    return fig
+
+
+def token_path(weights: dict[int, Float[np.ndarray, " X"]], token: str, position: int) -> go.Figure:
+    """The way of one token through all MoE layers.
+
+    Args:
+        weights: MoE layer -> weight given to each expert, 0 where not chosen.
+    """
+    layers = list(weights)
+    z = np.stack([weights[i] for i in layers])
+    text = [[f"layer {i}, expert {e}" for e in range(z.shape[1])] for i in layers]
+    fig = go.Figure(
+        go.Heatmap(
+            z=np.where(z > 0, z, np.nan),
+            text=text,
+            colorscale=AMOUNT,
+            zmin=0,
+            zmax=1,
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            hovertemplate="%{text}<br>weight %{z:.4f}<extra></extra>",
+            colorbar=color_bar("router weight, 0 to 1"),
+        )
+    )
+    frame(fig, f"The way of {label(token)} {position}", "experts it used in every MoE layer", height=_rows(len(layers)))
+    fig.update_xaxes(integer_axis(range(z.shape[1]), "expert (index)"))
+    fig.update_yaxes(integer_axis(layers, "layer (index)"))
+    return fig
+
+
+def expert_loads(loads: dict[int, Float[np.ndarray, " X"]], choices: int, layer: int | None = None) -> go.Figure:
+    """Share of all choices that went to each expert, layer by layer.
+
+    Args:
+        loads: MoE layer -> load f_e, which sums to 1.
+        choices: tokens x slots in each layer, k T.
+        layer: a layer to frame.
+    """
+    layers = list(loads)
+    z = np.stack([loads[i] for i in layers])
+    experts = z.shape[1]
+    text = [
+        [f"layer {i}, expert {e}<br>{round(loads[i][e] * choices)} of {choices} choices" for e in range(experts)]
+        for i in layers
+    ]
+    fig = go.Figure(
+        go.Heatmap(
+            z=100 * z,
+            text=text,
+            colorscale=SHARE,
+            zmin=0,
+            xgap=1,
+            ygap=1,
+            hovertemplate="%{text}<br>load %{z:.1f} %<extra></extra>",
+            colorbar=color_bar("load (% of choices)"),
+        )
+    )
+    if layer in loads:
+        row = layers.index(layer)
+        box = {"x0": -0.5, "x1": experts - 0.5, "y0": row - 0.5, "y1": row + 0.5}
+        fig.add_shape(type="rect", line={"color": "#D55E00", "width": 3}, **box)
+    frame(fig, "Load per expert and layer", f"balanced is {100 / experts:.3g} % each", height=_rows(len(layers)))
+    fig.update_xaxes(integer_axis(range(experts), "expert (index)"))
+    fig.update_yaxes(integer_axis(layers, "layer (index)"))
+    return fig
+
+
+def certainty(
+    retained: Float[np.ndarray, " T"], margin: Float[np.ndarray, " T"], tokens: Sequence[str], layer: int, position: int
+) -> go.Figure:
+    """How sure one router was of each token: the mass of the kept experts, and the lead of the first one."""
+    fig = go.Figure()
+    at = list(range(len(tokens)))
+    hover = [f"{t} {label(token)}" for t, token in enumerate(tokens)]
+    for name, values, color in (
+        ("retained mass", retained, FIRST),
+        ("top-1 minus top-2", margin, SECOND),
+    ):
+        fig.add_scatter(
+            x=at,
+            y=values,
+            name=name,
+            mode="lines+markers" if len(tokens) <= 200 else "lines",
+            line={"color": color, "width": 2},
+            marker={"symbol": "circle" if color == FIRST else "diamond"},
+            customdata=hover,
+            hovertemplate=f"%{{customdata}}<br>{name} %{{y:.4f}}<extra></extra>",
+        )
+    fig.add_vline(x=position, line={"color": GUIDE, "width": 1.5, "dash": "dot"})
+    frame(fig, f"Certainty of the router, layer {layer}", "both are differences or sums of probabilities", height=340)
+    fig.update_xaxes(token_axis(tokens))
+    fig.update_yaxes(title="probability, 0 to 1", range=[0, 1.02])
+    return fig
+
+
+def _rows(layers: int) -> int:
+    return 170 + max(110, min(26, 600 // layers) * layers)

@@ -1,0 +1,186 @@
+"""The memory of Mamba layers: how much they hold, for how long, and what stands in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jambascope.studies.figures.theme import (
+    AMOUNT,
+    GUIDE,
+    SIGNED,
+    color_bar,
+    frame,
+    integer_axis,
+    label,
+    ordered_colors,
+    symmetric,
+    token_axis,
+)
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+
+MAX_CHANNELS = 512
+"""Columns of a channel axis; wider layers show every nth channel of the sorted order."""
+_DECADES = [-2, -1, 0, 1, 2, 3, 4, 5, 6]
+
+
+def layer_norms(
+    norms: dict[int, Float[np.ndarray, " T"]], tokens: Sequence[str], layer: int, position: int
+) -> go.Figure:
+    """Size of the state of every Mamba layer after every token, with the selected cell framed.
+
+    Args:
+        norms: Mamba layer -> root mean square of its state after each position.
+    """
+    layers = list(norms)
+    z = np.stack([norms[i] for i in layers])
+    text = [[f"layer {i}, after {t} {label(token)}" for t, token in enumerate(tokens)] for i in layers]
+    fig = go.Figure(
+        go.Heatmap(
+            z=z,
+            text=text,
+            colorscale=AMOUNT,
+            hovertemplate="%{text}<br>state RMS %{z:.4g}<extra></extra>",
+            colorbar=color_bar("state RMS"),
+        )
+    )
+    row = layers.index(layer)
+    box = {"x0": position - 0.5, "x1": position + 0.5, "y0": row - 0.5, "y1": row + 0.5}
+    fig.add_shape(type="rect", line={"color": "#D55E00", "width": 3}, **box)
+    height = 170 + max(90, min(26, 600 // len(layers)) * len(layers))
+    frame(fig, "State size by layer", "root mean square over the layer's channels and states", height=height)
+    fig.update_xaxes(token_axis(tokens))
+    fig.update_yaxes(integer_axis(layers, "layer (index)"))
+    return fig
+
+
+def group_lines(
+    values: Float[np.ndarray, "groups times"],
+    half_lives: Sequence[tuple[float, float]],
+    tokens: Sequence[str],
+    *,
+    title: str,
+    subtitle: str,
+    unit: str,
+    start: int = 0,
+    position: int | None = None,
+) -> go.Figure:
+    """One line per group of channels over the positions from ``start`` on.
+
+    Args:
+        half_lives: shortest and longest channel half-life of each group, in tokens.
+        position: a position to mark.
+    """
+    fig = go.Figure()
+    at = list(range(start, start + values.shape[1]))
+    hover = [f"after {t} {label(tokens[t])}" for t in at]
+    colors = ordered_colors(len(values))
+    for group, (line, (low, high)) in enumerate(zip(values, half_lives, strict=True)):
+        name = f"{tokens_text(low)} to {tokens_text(high)}"
+        fig.add_scatter(
+            x=at,
+            y=line,
+            name=name,
+            mode="lines+markers" if len(at) <= 60 else "lines",
+            marker={"size": 5},
+            line={"color": colors[group], "width": 2},
+            customdata=hover,
+            hovertemplate=f"half-life {name} tokens<br>%{{customdata}}<br>%{{y:.4g}}<extra></extra>",
+        )
+    if position is not None:
+        fig.add_vline(x=position, line={"color": GUIDE, "width": 1.5, "dash": "dot"})
+    frame(fig, title, subtitle, height=390)
+    fig.update_layout(
+        legend={"orientation": "v", "x": 1.01, "xanchor": "left", "y": 1, "yanchor": "top"}
+        | {"title": {"text": "half-life (tokens)"}, "traceorder": "reversed"}
+    )
+    fig.update_xaxes(token_axis(tokens))
+    fig.update_yaxes(title=unit, rangemode="tozero")
+    return fig
+
+
+def tokens_text(value: float) -> str:
+    """A number of tokens in at most three digits."""
+    if not np.isfinite(value):
+        return "∞"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def shown_channels(order: Int[np.ndarray, " E"]) -> Int[np.ndarray, " shown"]:
+    """The sorted channels that a channel axis has room for: all, or every nth."""
+    return order[:: -(-len(order) // MAX_CHANNELS)]
+
+
+def half_lives(values: Float[np.ndarray, "E N"], order: Int[np.ndarray, " E"], edges: Sequence[int]) -> go.Figure:
+    """Half-life of every entry of the state on a logarithmic scale, channels from short to long.
+
+    Args:
+        values: [E N] in tokens.
+        order: channels sorted by half-life.
+        edges: places in ``order`` at which a new group of channels begins, to be marked.
+    """
+    channels = shown_channels(order)
+    shown = np.clip(values[channels].T, 1e-6, 1e6)
+    text = [[f"channel {c}, state {n}<br>half-life {tokens_text(values[c, n])} tokens" for c in channels]
+            for n in range(values.shape[1])]  # fmt: skip
+    ticks = [d for d in _DECADES if np.log10(shown.min()) - 0.5 <= d <= np.log10(shown.max()) + 0.5]
+    bar = color_bar("half-life (tokens)", tickvals=ticks, ticktext=[f"{10.0**d:g}" for d in ticks])
+    fig = go.Figure(
+        go.Heatmap(
+            z=np.log10(shown), text=text, colorscale=AMOUNT, colorbar=bar, hovertemplate="%{text}<extra></extra>"
+        )
+    )
+    step = len(order) / len(channels)
+    for edge in edges:
+        fig.add_vline(x=edge / step - 0.5, line={"color": "white", "width": 1})
+    frame(fig, "Decay half-life of every state entry", _channel_note(order, channels, values), height=320)
+    fig.update_xaxes(_channel_axis(len(channels)))
+    fig.update_yaxes(integer_axis(range(values.shape[1]), "state n (index)"))
+    return fig
+
+
+def state_pair(
+    states: Float[np.ndarray, "E T N"], order: Int[np.ndarray, " E"], tokens: Sequence[str], position: int
+) -> go.Figure:
+    """What stands in the state after ``position`` and at the end, on one signed scale and the same channel order."""
+    channels = shown_channels(order)
+    last = len(tokens) - 1
+    limit = symmetric(states[:, [position, last]])
+    titles = (f"after {label(tokens[position])} {position}", f"final state, after {label(tokens[last])} {last}")
+    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.12)
+    for row, t in enumerate((position, last), 1):
+        z = states[channels, t].T
+        fig.add_heatmap(
+            z=z,
+            customdata=np.broadcast_to(channels, z.shape),
+            coloraxis="coloraxis",
+            hovertemplate="channel %{customdata}, state %{y}<br>%{z:.4g}<extra></extra>",
+            row=row,
+            col=1,
+        )
+    frame(fig, "The state itself", "channels in the order of the figure above; blue is positive", height=560)
+    fig.update_layout(
+        coloraxis={"colorscale": SIGNED, "cmin": -limit, "cmax": limit, "colorbar": color_bar("state value")}
+    )
+    fig.update_annotations(x=0, xanchor="left", font={"size": 13})
+    fig.update_xaxes(_channel_axis(len(channels)) | {"title": {"text": ""}}, row=1)
+    fig.update_xaxes(_channel_axis(len(channels)), row=2)
+    fig.update_yaxes(integer_axis(range(states.shape[2]), "state n (index)"))
+    return fig
+
+
+def _channel_axis(count: int) -> dict:
+    return {
+        "title": {"text": "channel (rank by half-life, short to long)"},
+        "range": [-0.5, count - 0.5],
+        "showgrid": False,
+        "zeroline": False,
+    }
+
+
+def _channel_note(order: np.ndarray, channels: np.ndarray, values: np.ndarray) -> str:
+    note = f"median {tokens_text(float(np.median(values)))} tokens; white lines part the channel groups"
+    skipped = "" if len(channels) == len(order) else f"; {len(channels)} of {len(order)} channels shown, evenly"
+    return note + skipped

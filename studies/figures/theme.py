@@ -1,0 +1,133 @@
+"""What all figures share: colours, token labels, axes, and the frame with title and units.
+
+Figures carry no background and no text colour of their own, so that whatever shows them (Streamlit, a notebook, a
+report) themes them light or dark. Colours are safe for the common forms of colour blindness: viridis for amounts,
+cividis for shares, red to blue centred on zero for signed values (blue is positive), and Okabe and Ito's for kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+AMOUNT = "Viridis"
+SHARE = "Cividis"
+SIGNED = "RdBu"
+KIND_COLORS = {"attention": "#E69F00", "mamba": "#0072B2", "moe": "#009E73", "dense": "#8A8F98"}
+KIND_NAMES = {"attention": "attention", "mamba": "Mamba", "moe": "mixture of experts", "dense": "dense SwiGLU"}
+FIRST, SECOND = "#0072B2", "#E69F00"
+"""Two lines that are compared."""
+GUIDE = "#8A8F98"
+"""Marks of what is selected: visible on white and on black."""
+
+MAX_NAMED_TOKENS = 80
+"""Up to so many positions an axis names every token; beyond, it counts positions and tokens are in the hover text."""
+MAX_LABEL = 14
+
+
+def label(text: str) -> str:
+    """A token as a figure can show it: blanks visible, long ones cut, and ``<unk>`` not taken for markup."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+    if len(shown) > MAX_LABEL:
+        shown = shown[: MAX_LABEL - 1] + "…"
+    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def token_axis(tokens: Sequence[str], start: int = 0, title: str = "token (position)") -> dict:
+    """A Plotly axis over positions ``start..start + len(tokens)`` that names each token while they can be read."""
+    end = start + len(tokens)
+    axis: dict = {"title": {"text": title}, "range": [start - 0.5, end - 0.5], "showgrid": False, "zeroline": False}
+    if len(tokens) > MAX_NAMED_TOKENS:
+        axis["title"]["text"] = "position (tokens)"
+        return axis
+    names = [label(t) for t in tokens]
+    if len(tokens) <= 40:
+        names = [f"{name} {position}" for position, name in enumerate(names, start)]
+    size = 11 if len(tokens) <= 40 else 9
+    return axis | {
+        "tickmode": "array",
+        "tickvals": list(range(start, end)),
+        "ticktext": names,
+        "tickangle": -60 if len(tokens) <= 40 else -90,
+        "tickfont": {"size": size},
+    }
+
+
+def reversed_token_axis(tokens: Sequence[str], start: int = 0, title: str = "token (position)") -> dict:
+    """The same going down, for the rows of a matrix."""
+    axis = token_axis(tokens, start, title)
+    return axis | {"range": axis["range"][::-1], "tickangle": 0}
+
+
+def integer_axis(values: Sequence[int], title: str) -> dict:
+    """A category-like axis over layers, heads or experts: every value while there are few, then every nth."""
+    step = max(1, -(-len(values) // 32))
+    shown = list(range(0, len(values), step))
+    return {
+        "title": {"text": title},
+        "tickmode": "array",
+        "tickvals": shown,
+        "ticktext": [str(values[i]) for i in shown],
+        "range": [-0.5, len(values) - 0.5],
+        "showgrid": False,
+        "zeroline": False,
+    }
+
+
+def color_bar(title: str, **more) -> dict:
+    """A slim colour bar with the quantity and its unit along its side."""
+    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "thickness": 12, "outlinewidth": 0} | more
+
+
+def symmetric(values: Float[np.ndarray, ...]) -> float:
+    """The limit of a scale centred on zero: the largest magnitude, and 1 where everything is zero."""
+    largest = float(np.nanmax(np.abs(values))) if np.size(values) else 0.0
+    return largest or 1.0
+
+
+def frame(fig: go.Figure, title: str, subtitle: str = "", height: int = 360, **layout) -> go.Figure:
+    """Title, subtitle, size and margins; backgrounds stay transparent."""
+    fig.update_layout(
+        title={"text": title, "subtitle": {"text": subtitle}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top"}
+        | {"yref": "container", "pad": {"t": 10}},
+        height=height,
+        margin={"l": 60, "r": 20, "t": 78 if subtitle else 56, "b": 60},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hoverlabel={"font": {"family": "monospace"}, "align": "left"},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
+        **layout,
+    )
+    fig.update_xaxes(automargin=True)
+    fig.update_yaxes(automargin=True)
+    return fig
+
+
+def ordered_colors(count: int) -> list[str]:
+    """Colours of an ordered family of lines, from blue over grey to orange: each readable on white and on black."""
+    stops = np.array([[47, 120, 196], [138, 143, 152], [224, 130, 20]], dtype=float)
+    at = np.linspace(0, 2, count) if count > 1 else np.array([0.0])
+    rgb = np.stack([np.interp(at, [0, 1, 2], stops[:, c]) for c in range(3)], axis=1)
+    return [f"rgb({r:.0f},{g:.0f},{b:.0f})" for r, g, b in rgb]
+
+
+def click_targets(
+    x: Sequence[float], y: Sequence[float], custom: Sequence, hover: Sequence[str], size: int
+) -> go.Scatter:
+    """Invisible squares over a heatmap: Streamlit reports clicks on points, not on the cells of a heatmap."""
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="markers",
+        marker={"symbol": "square", "size": size, "opacity": 0},
+        selected={"marker": {"opacity": 0}},
+        unselected={"marker": {"opacity": 0}},
+        customdata=custom,
+        text=hover,
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+        name="click targets",
+    )
