@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import streamlit as st
 import torch
-from torch import nn
-
-from jambascope import HookedJamba
 from jambascope.dashboards.session import View
 from jambascope.hooks import predictions, routing, ssm
 from jambascope.studies.figures.attention import GRID_CELLS, pool
+from torch import nn
+
+from jambascope import HookedJamba
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,9 @@ def _attend(key: tuple, layer: int, head: int, _view: View) -> Attention:
 
     def reduce_to(at: int):
         def hook(pattern: torch.Tensor, hook) -> None:
-            heads = [one.float().cpu().numpy() for one in pattern[0]]
-            grid[at] = np.stack([pool(one, GRID_CELLS) for one in heads])
+            grid[at] = np.stack([pool(one.float().cpu().numpy(), GRID_CELLS) for one in pattern[0]])
             if at == layer:
-                kept[at] = heads[head]
+                kept[at] = pattern[0, head].float().cpu().numpy().copy()
 
         return hook
 
@@ -110,7 +109,7 @@ class Memory:
     """[G T]"""
 
 
-@st.cache_resource(max_entries=4, show_spinner="Running the model")
+@st.cache_resource(max_entries=2, show_spinner="Running the model")
 def _remember(key: tuple, layer: int, _view: View) -> Memory:
     captured = ssm.capture_states(_view.model, _view.tokens, layer)
     half_lives = ssm.half_life(captured.A, captured.dt)
@@ -133,7 +132,7 @@ def remember(view: View, layer: int) -> Memory:
 
 
 def retained(memory: Memory, position: int) -> np.ndarray:
-    """[G T-position]: what is left, at each later position, of the state after ``position``."""
+    """[G position+1]: what is left, after ``position``, of the state after each position before it."""
     groups = [torch.from_numpy(members) for members in memory.groups]
     A, dt = torch.from_numpy(memory.A), torch.from_numpy(memory.dt)
     return ssm.group_retention(A, dt, position, groups).numpy()

@@ -11,7 +11,9 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import plotly.graph_objects as go
 import streamlit as st
 import torch
 
@@ -20,6 +22,8 @@ from jambascope.checkpoint import find_directory
 from jambascope.errors import InputError, JambascopeError
 from jambascope.zoo import packaged_models
 
+INK = {"light": "#46525E", "dark": "#C3CCD5"}
+"""Text of axes: Streamlit's own grey is too faint on white."""
 MAX_TOKENS = 4096
 """Longest prompt the pages take: one head's pattern is this squared."""
 TEXT_EXAMPLES = (
@@ -149,7 +153,9 @@ def choose_position(view: View, help: str) -> int:
     if last == 0:
         st.caption(f"Position 0, {plain(view.texts[0])}: the prompt's only token.")
         return 0
-    return st.slider("Position", 0, last, last, key="position", bind="query-params", help=help)
+    at = min(st.session_state.get("position", last), last)
+    label = f"Position {at}, token “{plain(view.texts[at])}”"
+    return st.slider(label, 0, last, last, key="position", bind="query-params", help=help)
 
 
 def choose_layer(layers: tuple[int, ...], key: str, label: str) -> int:
@@ -159,8 +165,15 @@ def choose_layer(layers: tuple[int, ...], key: str, label: str) -> int:
     return st.selectbox(label, layers, key=key, bind="query-params", format_func=str)
 
 
-def show(fig, key: str, **options):
-    """A figure over the full width, its tool bar reduced to what is useful."""
+def show(fig: go.Figure, key: str, **options: Any) -> Any:
+    """A figure over the full width, with the axes' text as dark (or light) as the page's own."""
+    ink = INK[st.context.theme.type or "light"]
+    fig.update_xaxes(tickfont_color=ink, title_font_color=ink)
+    fig.update_yaxes(tickfont_color=ink, title_font_color=ink)
+    fig.update_layout(legend_font_color=ink, title_subtitle_font_color=ink)
+    bar = {"tickfont": {"color": ink}, "title": {"font": {"color": ink}}}
+    fig.update_traces(colorbar=bar, selector={"type": "heatmap"})
+    fig.update_coloraxes(colorbar=bar)
     config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": key}}
     return st.plotly_chart(fig, key=key, width="stretch", theme="streamlit", config=config, **options)
 

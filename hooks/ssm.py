@@ -126,29 +126,30 @@ def group_norms(
 
 
 def retention(
-    A: Float[torch.Tensor, "channels states"], dt: Float[torch.Tensor, "pos channels"], start: int
-) -> Float[torch.Tensor, "later channels states"]:
-    """What share of the state after position ``start`` is left after each position from there on: [T-start E N].
+    A: Float[torch.Tensor, "channels states"], dt: Float[torch.Tensor, "pos channels"], end: int
+) -> Float[torch.Tensor, "earlier channels states"]:
+    """What share of the state after each position j up to ``end`` is left after position ``end``: [end+1 E N].
 
-    exp(A[e, n] * sum of dt over start+1..i); 1 at ``start`` itself. The exponent is a sum of terms <= 0.
+    exp(A[e, n] * sum of dt over j+1..end); 1 at ``end`` itself. The exponent is a sum of terms <= 0, never a
+    difference of large sums.
 
     Raises:
-        InputError: ``start`` is not a position of the prompt.
+        InputError: ``end`` is not a position of the prompt.
     """
-    if not 0 <= start < len(dt):
-        raise InputError(f"start={start!r} must be a position in 0..{len(dt) - 1}")
-    elapsed = torch.cat([torch.zeros_like(dt[:1]), dt[start + 1 :].cumsum(0)])
+    if not 0 <= end < len(dt):
+        raise InputError(f"end={end!r} must be a position in 0..{len(dt) - 1}")
+    elapsed = torch.cat([dt[1 : end + 1].flip(0).cumsum(0).flip(0), torch.zeros_like(dt[:1])])
     return torch.exp(elapsed[:, :, None] * A)
 
 
 def group_retention(
     A: Float[torch.Tensor, "channels states"],
     dt: Float[torch.Tensor, "pos channels"],
-    start: int,
+    end: int,
     groups: list[Int[torch.Tensor, " members"]],
-) -> Float[torch.Tensor, "groups later"]:
-    """Mean retention over the entries of each group of channels, [G T-start]; one group at a time is held."""
-    return torch.stack([retention(A[members], dt[:, members], start).mean((1, 2)) for members in groups])
+) -> Float[torch.Tensor, "groups earlier"]:
+    """Mean retention over the entries of each group of channels, [G end+1]; one group at a time is held."""
+    return torch.stack([retention(A[members], dt[:, members], end).mean((1, 2)) for members in groups])
 
 
 def _check_layer(model: HookedJamba, layer: int) -> None:

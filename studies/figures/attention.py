@@ -10,11 +10,13 @@ from jambascope.studies.figures.theme import (
     AMOUNT,
     FIRST,
     GUIDE,
+    SELECTED,
     click_targets,
     color_bar,
     frame,
     integer_axis,
     label,
+    named,
     reversed_token_axis,
     token_axis,
 )
@@ -45,7 +47,7 @@ def pool(pattern: Float[np.ndarray, "... T T"], cells: int) -> Float[np.ndarray,
 def head_grid(
     patterns: dict[int, Float[np.ndarray, "heads cells cells"]], selected: tuple[int, int] | None = None
 ) -> go.Figure:
-    """Every head of every attention layer as a small pattern: layers down, heads across.
+    """Every head of every attention layer as a small pattern: heads across, layers up as in the other figures.
 
     Args:
         patterns: attention layer -> pooled patterns [H cells cells]; queries down, keys across.
@@ -62,7 +64,7 @@ def head_grid(
     for row, layer in enumerate(layers):
         for head in range(heads):
             tile = np.where(hidden, np.nan, patterns[layer][head])
-            canvas[row * pitch :, head * pitch :][:cells, :cells] = tile
+            canvas[row * pitch :, head * pitch :][:cells, :cells] = tile[::-1]
     middle = (cells - 1) / 2
     fig = go.Figure(
         go.Heatmap(
@@ -71,24 +73,29 @@ def head_grid(
             zmin=0,
             zmax=1,
             hoverinfo="skip",
-            colorbar=color_bar("attention weight, 0 to 1"),
+            colorbar=color_bar("attention weight (share of 1)"),
         )
     )
     fig.add_trace(_grid_targets(layers, heads, cells, pitch))
     if selected is not None and selected[0] in patterns:
-        left, top = selected[1] * pitch - 0.5, layers.index(selected[0]) * pitch - 0.5
-        box = {"x0": left, "x1": left + cells, "y0": top, "y1": top + cells}
-        fig.add_shape(type="rect", line={"color": "#D55E00", "width": 3}, **box)
+        left, low = selected[1] * pitch - 0.5, layers.index(selected[0]) * pitch - 0.5
+        box = {"x0": left, "x1": left + cells, "y0": low, "y1": low + cells}
+        fig.add_shape(type="rect", line={"color": SELECTED, "width": 3}, **box)
     tile = min(150, max(34, 980 // heads))
-    frame(fig, "All heads", "queries down, keys across; click a head to enlarge it", height=len(layers) * tile + 140)
-    across, down = integer_axis(range(heads), "head (index)"), integer_axis(layers, "layer (index)")
-    for axis in (across, down):
+    frame(
+        fig,
+        "All heads",
+        "in each, queries down and keys across; click one to enlarge it",
+        height=len(layers) * tile + 140,
+    )
+    across, up = integer_axis(range(heads), "head (index)"), integer_axis(layers, "layer (index)")
+    for axis in (across, up):
         axis["tickvals"] = [value * pitch + middle for value in axis["tickvals"]]
         axis["ticks"] = ""
     across["range"] = [-0.5, heads * pitch - 0.5]
-    down["range"] = [len(layers) * pitch - 0.5, -0.5]
+    up["range"] = [-0.5, len(layers) * pitch - 0.5]
     fig.update_xaxes(across | {"constrain": "domain", "constraintoward": "left"})
-    fig.update_yaxes(down | {"scaleanchor": "x", "constrain": "domain"})
+    fig.update_yaxes(up | {"scaleanchor": "x", "constrain": "domain"})
     return fig
 
 
@@ -116,12 +123,14 @@ def head_pattern(
     query_start: int = 0,
     key_start: int = 0,
     position: int | None = None,
+    limit: float = 1.0,
 ) -> go.Figure:
     """One head's pattern with a token on every row and column.
 
     Args:
         pattern: weights from the queries to the keys of the windows that start at ``query_start``, ``key_start``.
         position: a query position to mark.
+        limit: the weight at which the colour scale ends.
     """
     queries = np.arange(query_start, query_start + len(query_tokens))
     keys = np.arange(key_start, key_start + len(key_tokens))
@@ -138,10 +147,10 @@ def head_pattern(
             text=hover,
             colorscale=AMOUNT,
             zmin=0,
-            zmax=1,
+            zmax=limit,
             hoverongaps=False,
             hovertemplate="%{text}<br>weight %{z:.4f}<extra></extra>",
-            colorbar=color_bar("attention weight, 0 to 1"),
+            colorbar=color_bar("attention weight (share of 1)"),
         )
     )
     if position is not None and position in queries:
@@ -157,8 +166,16 @@ def _mark_row(fig: go.Figure, position: int, keys: np.ndarray) -> None:
     fig.add_shape(type="rect", line={"color": GUIDE, "width": 1.5}, **box)
 
 
+def stretched_limit(pattern: Float[np.ndarray, "T T"]) -> float:
+    """Where a colour scale should end to show a diffuse head: the largest weight of queries with 8 keys or more.
+
+    Queries with fewer keys weigh each heavily whatever the head does. Short prompts keep the whole scale.
+    """
+    return float(pattern[7:].max()) if len(pattern) > 8 else 1.0
+
+
 def pooled_pattern(
-    pattern: Float[np.ndarray, "cells cells"], tokens: Sequence[str], layer: int, head: int
+    pattern: Float[np.ndarray, "cells cells"], tokens: Sequence[str], layer: int, head: int, limit: float = 1.0
 ) -> go.Figure:
     """One head's pattern over a whole long prompt; each cell is the maximum over a block of queries and keys."""
     edges = block_edges(len(tokens), pattern.shape[-1])
@@ -173,10 +190,10 @@ def pooled_pattern(
             text=[[f"queries {q}<br>keys    {k}" for k in names] for q in names],
             colorscale=AMOUNT,
             zmin=0,
-            zmax=1,
+            zmax=limit,
             hoverongaps=False,
             hovertemplate="%{text}<br>largest weight %{z:.4f}<extra></extra>",
-            colorbar=color_bar("largest attention weight in the block, 0 to 1"),
+            colorbar=color_bar("largest attention weight in the block (share of 1)"),
         )
     )
     block = -(-len(tokens) // pattern.shape[-1])
@@ -205,9 +222,9 @@ def attended_keys(row: Float[np.ndarray, " T"], tokens: Sequence[str], query: in
         )
     )
     covered = f"{len(order)} of {query + 1} keys, {weights.sum():.1%} of the weight"
-    frame(fig, f"Where {label(tokens[query])} {query} looks", covered, height=660)
+    frame(fig, f"Where {named(tokens[query], query)} looks", covered, height=660)
     limit = max(0.05, float(weights.max()) * 1.18)
-    fig.update_xaxes(title="attention weight, 0 to 1", range=[0, limit], zeroline=False)
+    fig.update_xaxes(title="attention weight (share of 1)", range=[0, limit], zeroline=False)
     ticks = {"tickmode": "array", "tickvals": list(range(len(order))), "ticktext": names}
     fig.update_yaxes(title="key token (position)", range=[max(len(order), 8) - 0.5, -0.5], showgrid=False, **ticks)
     return fig

@@ -8,14 +8,17 @@ import numpy as np
 import plotly.graph_objects as go
 from jambascope.studies.figures.theme import (
     AMOUNT,
+    BLANK,
     FIRST,
     GUIDE,
     SECOND,
+    SELECTED,
     SHARE,
     color_bar,
     frame,
     integer_axis,
     label,
+    named,
     token_axis,
 )
 from jaxtyping import Float
@@ -44,14 +47,15 @@ def token_routes(
             ygap=1,
             hoverongaps=False,
             hovertemplate="%{text}<br>weight %{z:.4f}<extra></extra>",
-            colorbar=color_bar("router weight, 0 to 1"),
+            colorbar=color_bar("router weight (share of 1)"),
         )
     )
     if position is not None:
         box = {"x0": position - 0.5, "x1": position + 0.5, "y0": -0.5, "y1": experts - 0.5}
         fig.add_shape(type="rect", line={"color": GUIDE, "width": 1.5}, **box)
     subtitle = "softmax probability of the experts a token uses (Jamba does not renormalise it)"
-    frame(fig, f"Experts by token, layer {layer}", subtitle, height=200 + max(150, min(20, 640 // experts) * experts))
+    height = 200 + max(150, min(20, 640 // experts) * experts)
+    frame(fig, f"Experts by token, layer {layer}", subtitle, height=height, plot_bgcolor=BLANK)
     fig.update_xaxes(token_axis(tokens))
     fig.update_yaxes(integer_axis(range(experts), "expert (index)"))
     return fig
@@ -77,10 +81,11 @@ def token_path(weights: dict[int, Float[np.ndarray, " X"]], token: str, position
             ygap=1,
             hoverongaps=False,
             hovertemplate="%{text}<br>weight %{z:.4f}<extra></extra>",
-            colorbar=color_bar("router weight, 0 to 1"),
+            colorbar=color_bar("router weight (share of 1)"),
         )
     )
-    frame(fig, f"The way of {label(token)} {position}", "experts it used in every MoE layer", height=_rows(len(layers)))
+    subtitle = "weight it gave to the experts of every MoE layer"
+    frame(fig, f"Route of {named(token, position)}", subtitle, height=_rows(len(layers)), plot_bgcolor=BLANK)
     fig.update_xaxes(integer_axis(range(z.shape[1]), "expert (index)"))
     fig.update_yaxes(integer_axis(layers, "layer (index)"))
     return fig
@@ -116,7 +121,7 @@ def expert_loads(loads: dict[int, Float[np.ndarray, " X"]], choices: int, layer:
     if layer in loads:
         row = layers.index(layer)
         box = {"x0": -0.5, "x1": experts - 0.5, "y0": row - 0.5, "y1": row + 0.5}
-        fig.add_shape(type="rect", line={"color": "#D55E00", "width": 3}, **box)
+        fig.add_shape(type="rect", line={"color": SELECTED, "width": 3}, **box)
     frame(fig, "Load per expert and layer", f"balanced is {100 / experts:.3g} % each", height=_rows(len(layers)))
     fig.update_xaxes(integer_axis(range(experts), "expert (index)"))
     fig.update_yaxes(integer_axis(layers, "layer (index)"))
@@ -145,9 +150,10 @@ def certainty(
             hovertemplate=f"%{{customdata}}<br>{name} %{{y:.4f}}<extra></extra>",
         )
     fig.add_vline(x=position, line={"color": GUIDE, "width": 1.5, "dash": "dot"})
-    frame(fig, f"Certainty of the router, layer {layer}", "both are differences or sums of probabilities", height=340)
+    subtitle = "retained mass: sum of the kept probabilities; top-1 minus top-2: lead of the first expert"
+    frame(fig, f"Certainty of the router, layer {layer}", subtitle, height=340)
     fig.update_xaxes(token_axis(tokens))
-    fig.update_yaxes(title="probability, 0 to 1", range=[0, 1.02])
+    fig.update_yaxes(title="probability (share of 1)", range=[0, 1.02])
     return fig
 
 

@@ -9,13 +9,15 @@ import plotly.graph_objects as go
 from jambascope.studies.figures.theme import (
     AMOUNT,
     GUIDE,
+    SELECTED,
     SIGNED,
     color_bar,
     frame,
     integer_axis,
     label,
+    named,
     ordered_colors,
-    symmetric,
+    signed_limit,
     token_axis,
 )
 from jaxtyping import Float, Int
@@ -48,7 +50,7 @@ def layer_norms(
     )
     row = layers.index(layer)
     box = {"x0": position - 0.5, "x1": position + 0.5, "y0": row - 0.5, "y1": row + 0.5}
-    fig.add_shape(type="rect", line={"color": "#D55E00", "width": 3}, **box)
+    fig.add_shape(type="rect", line={"color": SELECTED, "width": 3}, **box)
     height = 170 + max(90, min(26, 600 // len(layers)) * len(layers))
     frame(fig, "State size by layer", "root mean square over the layer's channels and states", height=height)
     fig.update_xaxes(token_axis(tokens))
@@ -64,18 +66,17 @@ def group_lines(
     title: str,
     subtitle: str,
     unit: str,
-    start: int = 0,
     position: int | None = None,
 ) -> go.Figure:
-    """One line per group of channels over the positions from ``start`` on.
+    """One line per group of channels over the first positions of the prompt (all, or up to some point).
 
     Args:
         half_lives: shortest and longest channel half-life of each group, in tokens.
         position: a position to mark.
     """
     fig = go.Figure()
-    at = list(range(start, start + values.shape[1]))
-    hover = [f"after {t} {label(tokens[t])}" for t in at]
+    at = list(range(values.shape[1]))
+    hover = [f"{t} {label(tokens[t])}" for t in at]
     colors = ordered_colors(len(values))
     for group, (line, (low, high)) in enumerate(zip(values, half_lives, strict=True)):
         name = f"{tokens_text(low)} to {tokens_text(high)}"
@@ -141,16 +142,17 @@ def half_lives(values: Float[np.ndarray, "E N"], order: Int[np.ndarray, " E"], e
     return fig
 
 
-def state_pair(
+def state_matrices(
     states: Float[np.ndarray, "E T N"], order: Int[np.ndarray, " E"], tokens: Sequence[str], position: int
 ) -> go.Figure:
     """What stands in the state after ``position`` and at the end, on one signed scale and the same channel order."""
     channels = shown_channels(order)
     last = len(tokens) - 1
-    limit = symmetric(states[:, [position, last]])
-    titles = (f"after {label(tokens[position])} {position}", f"final state, after {label(tokens[last])} {last}")
-    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.12)
-    for row, t in enumerate((position, last), 1):
+    shown = [last] if position == last else [position, last]
+    limit = signed_limit(states[:, shown])
+    titles = [f"after {named(tokens[t], t)}" + (": the final state" if t == last else "") for t in shown]
+    fig = make_subplots(rows=len(shown), cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.12)
+    for row, t in enumerate(shown, 1):
         z = states[channels, t].T
         fig.add_heatmap(
             z=z,
@@ -160,13 +162,15 @@ def state_pair(
             row=row,
             col=1,
         )
-    frame(fig, "The state itself", "channels in the order of the figure above; blue is positive", height=560)
+    subtitle = "channels in the order of the figure above; blue is positive; colours end at the 99.5th percentile"
+    frame(fig, "The state itself", subtitle, height=110 + 230 * len(shown))
     fig.update_layout(
-        coloraxis={"colorscale": SIGNED, "cmin": -limit, "cmax": limit, "colorbar": color_bar("state value")}
+        coloraxis={"colorscale": SIGNED, "cmin": -limit, "cmax": limit, "colorbar": color_bar("state value")},
+        margin_t=100,
     )
     fig.update_annotations(x=0, xanchor="left", font={"size": 13})
-    fig.update_xaxes(_channel_axis(len(channels)) | {"title": {"text": ""}}, row=1)
-    fig.update_xaxes(_channel_axis(len(channels)), row=2)
+    fig.update_xaxes(_channel_axis(len(channels)) | {"title": {"text": ""}})
+    fig.update_xaxes(_channel_axis(len(channels)), row=len(shown))
     fig.update_yaxes(integer_axis(range(states.shape[2]), "state n (index)"))
     return fig
 

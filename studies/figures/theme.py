@@ -18,10 +18,13 @@ SHARE = "Cividis"
 SIGNED = "RdBu"
 KIND_COLORS = {"attention": "#E69F00", "mamba": "#0072B2", "moe": "#009E73", "dense": "#8A8F98"}
 KIND_NAMES = {"attention": "attention", "mamba": "Mamba", "moe": "mixture of experts", "dense": "dense SwiGLU"}
-FIRST, SECOND = "#0072B2", "#E69F00"
+FIRST, SECOND = "#2F86C5", "#E69F00"
 """Two lines that are compared."""
 GUIDE = "#8A8F98"
+SELECTED = "#D55E00"
 """Marks of what is selected: visible on white and on black."""
+BLANK = "rgba(128,128,128,0.10)"
+"""Behind heatmaps with empty cells, so that small values differ from none on any page."""
 
 MAX_NAMED_TOKENS = 80
 """Up to so many positions an axis names every token; beyond, it counts positions and tokens are in the hover text."""
@@ -34,6 +37,11 @@ def label(text: str) -> str:
     if len(shown) > MAX_LABEL:
         shown = shown[: MAX_LABEL - 1] + "…"
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def named(text: str, position: int) -> str:
+    """A token within a sentence."""
+    return f"“{label(text)}” ({position})"
 
 
 def token_axis(tokens: Sequence[str], start: int = 0, title: str = "token (position)") -> dict:
@@ -82,24 +90,27 @@ def color_bar(title: str, **more) -> dict:
     return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "thickness": 12, "outlinewidth": 0} | more
 
 
-def symmetric(values: Float[np.ndarray, ...]) -> float:
-    """The limit of a scale centred on zero: the largest magnitude, and 1 where everything is zero."""
-    largest = float(np.nanmax(np.abs(values))) if np.size(values) else 0.0
-    return largest or 1.0
+def signed_limit(values: Float[np.ndarray, ...], share: float = 0.995) -> float:
+    """Where a scale centred on zero ends: the quantile ``share`` of magnitudes, so that outliers do not hide the rest.
+
+    The largest magnitude where that quantile is zero, and 1 where everything is.
+    """
+    magnitudes = np.abs(values)
+    return float(np.quantile(magnitudes, share)) or float(magnitudes.max()) or 1.0
 
 
 def frame(fig: go.Figure, title: str, subtitle: str = "", height: int = 360, **layout) -> go.Figure:
     """Title, subtitle, size and margins; backgrounds stay transparent."""
+    text = {"text": title, "subtitle": {"text": subtitle, "font": {"size": 13}}}
+    place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "yref": "container", "pad": {"t": 10}}
     fig.update_layout(
-        title={"text": title, "subtitle": {"text": subtitle}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top"}
-        | {"yref": "container", "pad": {"t": 10}},
+        title=text | place,
         height=height,
         margin={"l": 60, "r": 20, "t": 78 if subtitle else 56, "b": 60},
         paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
         hoverlabel={"font": {"family": "monospace"}, "align": "left"},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
-        **layout,
+        **{"plot_bgcolor": "rgba(0,0,0,0)"} | layout,
     )
     fig.update_xaxes(automargin=True)
     fig.update_yaxes(automargin=True)

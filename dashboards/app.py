@@ -1,0 +1,107 @@
+"""The dashboard: ``streamlit run app.py -- --model DIR``, or ``jambascope dashboard DIR``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import streamlit as st
+from jambascope.dashboards import session
+from jambascope.dashboards.pages import attention, overview, router, ssm_state
+
+from jambascope.errors import JambascopeError
+
+STYLE = """<style>
+[data-testid="stMainBlockContainer"] {padding-top: 2.6rem; padding-bottom: 3rem; max-width: 1500px;}
+[data-testid="stSidebarHeader"] {padding-bottom: 0; height: 2.5rem;}
+[data-testid="stMetricValue"] {font-size: 1.25rem;}
+</style>"""
+
+
+def sidebar() -> tuple[str, str]:
+    """The model and the prompt, both kept in the URL."""
+    with st.sidebar:
+        choices = session.model_choices()
+        name = st.selectbox(
+            "Model", choices, key="model", bind="query-params", on_change=_fit_prompt, help=session.start().model
+        )
+        model, _ = session.open_checkpoint(name)
+        examples = session.examples(model)
+        prompt = st.text_area(
+            "Prompt",
+            examples[0],
+            key="prompt",
+            bind="query-params",
+            height=190,
+            placeholder="type text" if model.tokenizer is not None else "type token ids",
+            help="Everything on the pages comes from one forward pass of this prompt. Ctrl+Enter runs it.",
+        )
+        st.selectbox(
+            "Example prompts",
+            examples,
+            index=None,
+            key="example",
+            on_change=_use_example,
+            placeholder="take an example",
+        )
+        if model.tokenizer is None:
+            highest = model.config.d_vocab - 1
+            st.caption(f"This checkpoint has no tokenizer: a prompt is token ids from 0 to {highest}, such as 5 17 3.")
+    return name, prompt
+
+
+def _use_example() -> None:
+    if st.session_state.example:
+        st.session_state.prompt = st.session_state.example
+
+
+def _fit_prompt() -> None:
+    """Another model: an untouched example of the last one becomes one that the new model can read."""
+    known = {*session.TEXT_EXAMPLES, *session.ID_EXAMPLES}
+    if st.session_state.get("prompt", "") in known | {""}:
+        try:
+            model, _ = session.open_checkpoint(st.session_state.model)
+        except JambascopeError:
+            return  # the page itself will say so
+        st.session_state.prompt = session.examples(model)[0]
+    st.session_state.example = None
+
+
+def on_page(render: Callable[[session.View], None]) -> Callable[[], None]:
+    """A page for st.navigation: the view is made when the page runs, and its errors are one line."""
+
+    def run() -> None:
+        try:
+            name, prompt = sidebar()
+            view = session.view(name, prompt)
+            unknown = session.unknown_positions(view)
+            if unknown:
+                words = "1 word is" if len(unknown) == 1 else f"{len(unknown)} words are"
+                where = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+                st.warning(
+                    f"{words} not in this model's vocabulary and reached it as &lt;unk&gt; (position {where}). "
+                    "The vocabulary is listed on the Overview page.",
+                    icon=":material/help:",
+                )
+            render(view)
+        except JambascopeError as problem:
+            session.error(problem)
+
+    return run
+
+
+def main() -> None:
+    st.set_page_config(page_title="jambascope", page_icon=":material/biotech:", layout="wide")
+    st.html(STYLE)
+    pages = [
+        st.Page(on_page(page), title=title, icon=f":material/{icon}:", url_path=path, default=path == "overview")
+        for page, title, icon, path in (
+            (overview.page, "Overview", "account_tree", "overview"),
+            (attention.page, "Attention", "grid_on", "attention"),
+            (ssm_state.page, "SSM state", "memory", "ssm_state"),
+            (router.page, "Router", "alt_route", "router"),
+        )
+    ]
+    st.navigation(pages).run()
+
+
+main()

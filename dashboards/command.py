@@ -1,0 +1,77 @@
+"""``jambascope dashboard``: check the model, then serve the pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def dashboard(
+    model: Annotated[
+        str, typer.Argument(help="A packaged model, a checkpoint directory, or a Hugging Face hub id.")
+    ] = "jamba-micro",
+    port: Annotated[int, typer.Option(help="Port of the local address to serve on.", min=1, max=65535)] = 8501,
+    device: Annotated[str | None, typer.Option(help="Where the model runs, such as cpu or cuda.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16; as stored when not given.")
+    ] = None,
+) -> None:
+    """Open the dashboards on a model, at a local address that is printed.
+
+    Raises:
+        CheckpointError, ConfigError: before anything is served, for a model that cannot be opened.
+    """
+    from jambascope.checkpoint import find_directory, locate_tensors, read_config
+    from jambascope.errors import ConfigError
+
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    directory = find_directory(model)
+    read_config(directory)
+    locate_tensors(directory)
+    _check_device(device)
+    _check_port(port)
+    _serve(model if directory != Path(model).expanduser() else str(directory.resolve()), port, device, dtype)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    from jambascope.errors import ConfigError
+
+    try:
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"device={device!r} cannot be used here ({reason}); leave it out for the CPU") from None
+
+
+def _check_port(port: int) -> None:
+    import socket
+
+    from jambascope.errors import ConfigError
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise ConfigError(f"port={port} cannot be used ({e.strerror}); choose another with --port") from None
+
+
+def _serve(model: str, port: int, device: str | None, dtype: str | None) -> None:
+    """Run Streamlit in this process until interrupted; its settings lie beside the app in .streamlit/config.toml."""
+    from streamlit.web import cli
+
+    app = Path(__file__).parent / "app.py"
+    arguments = ["run", str(app), "--server.port", str(port), "--", "--model", model]
+    for option, value in (("--device", device), ("--dtype", dtype)):
+        if value is not None:
+            arguments += [option, value]
+    typer.echo(f"jambascope dashboard of {model}: http://127.0.0.1:{port}  (Ctrl+C ends it)")
+    cli.main(arguments, prog_name="streamlit", standalone_mode=False)

@@ -1,0 +1,121 @@
+"""Overview: the anatomy of the model, the prompt's tokens, and what the model expects next."""
+
+from __future__ import annotations
+
+import streamlit as st
+from jambascope.dashboards import forward, session
+from jambascope.dashboards.session import View
+from jambascope.studies.figures.anatomy import anatomy
+from jambascope.studies.figures.predictions import expectation
+
+LISTED_VOCABULARY = 20_000
+"""Vocabularies up to this size are listed."""
+
+
+def page(view: View) -> None:
+    st.title("Overview")
+    _model(view)
+    position, k = _controls(view)
+    result = forward.predict(view, position, k)
+    left, right = st.columns([5, 7], gap="medium")
+    with left:
+        _next_token_table(view, result, position)
+    with right:
+        session.show(expectation(view.texts, result.surprisal, result.entropy, position), "expectation")
+    _tokens(view, result)
+    _vocabulary(view)
+
+
+def _model(view: View) -> None:
+    config, counts = view.model.config, forward.parameters(view.model)
+    facts = [
+        ("Parameters", _short(counts.total), f"{counts.total:,}; tied ones are counted once"),
+        ("Active per token", _short(counts.active), f"{counts.active:,}: of the experts only those a token is sent to"),
+        ("Layers", str(config.n_layers), None),
+        ("Width (d_model)", f"{config.d_model:,}", None),
+        ("Vocabulary", f"{config.d_vocab:,}", None),
+        ("Prompt", f"{len(view.ids):,} tokens", None),
+        ("Weights", f"{str(view.model.dtype).removeprefix('torch.')}, {view.model.device}", None),
+    ]
+    for column, (name, value, help) in zip(st.columns(len(facts)), facts, strict=True):
+        column.metric(name, value, help=help)
+    session.show(anatomy(config, counts.mixers, counts.feed_forwards), "anatomy")
+
+
+def _controls(view: View) -> tuple[int, int]:
+    left, right = st.columns([9, 3], gap="medium")
+    with left:
+        position = session.choose_position(view, "The model's prediction after this token is shown below.")
+    with right:
+        most = min(50, view.model.config.d_vocab)
+        k = st.number_input("Candidates", 1, most, min(10, most), key="top_k", bind="query-params")
+    return position, k
+
+
+def _next_token_table(view: View, result: forward.Predictions, position: int) -> None:
+    after = session.plain(view.texts[position])
+    st.markdown(f"##### Next token after {position} · {after}")
+    follows = ""
+    if result.next_rank is not None:
+        came, surprisal = session.plain(view.texts[position + 1]), result.surprisal[position]
+        follows = f" The prompt goes on with {came}: rank {result.next_rank}, surprisal {surprisal:.3f} nats."
+    st.caption(f"Entropy {result.entropy[position]:.3f} nats.{follows}")
+    rows = [
+        {"rank": c.rank, "token": c.text, "id": c.token_id, "probability": c.probability, "logit": c.logit}
+        for c in result.candidates
+    ]
+    highest = max(row["probability"] for row in rows)
+    st.dataframe(
+        rows,
+        hide_index=True,
+        height="content",
+        key="next_tokens",
+        column_config={
+            "rank": st.column_config.NumberColumn("Rank", width=50, help="0 is the likeliest"),
+            "token": st.column_config.TextColumn("Token", width="small"),
+            "id": st.column_config.NumberColumn("Id", width=60, format="%d"),
+            "probability": st.column_config.ProgressColumn(
+                "Probability", format="%.4f", min_value=0, max_value=highest, help="The bar is relative to the first"
+            ),
+            "logit": st.column_config.NumberColumn("Logit", width="small", format="%.3f"),
+        },
+    )
+
+
+def _tokens(view: View, result: forward.Predictions) -> None:
+    with st.expander(f"The prompt as {len(view.ids):,} tokens", expanded=len(view.ids) <= 64):
+        unexpected = [None, *result.surprisal.tolist()]
+        rows = [
+            {"position": i, "token": text, "id": token, "surprisal": s, "entropy": e}
+            for i, (text, token, s, e) in enumerate(
+                zip(view.texts, view.ids, unexpected, result.entropy.tolist(), strict=True)
+            )
+        ]
+        st.dataframe(
+            rows,
+            hide_index=True,
+            key="tokens",
+            column_config={
+                "position": st.column_config.NumberColumn("Position", width="small"),
+                "token": st.column_config.TextColumn("Token"),
+                "id": st.column_config.NumberColumn("Id", width="small", format="%d"),
+                "surprisal": st.column_config.NumberColumn("Surprisal (nats)", format="%.3f"),
+                "entropy": st.column_config.NumberColumn("Entropy after it (nats)", format="%.3f"),
+            },
+        )
+
+
+def _vocabulary(view: View) -> None:
+    size = view.model.config.d_vocab
+    if view.model.tokenizer is None or size > LISTED_VOCABULARY:
+        return
+    with st.expander(f"The vocabulary: {size:,} tokens"):
+        entries = sorted(view.model.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        st.dataframe([{"id": i, "token": t} for t, i in entries], hide_index=True, height=330, key="vocabulary")
+
+
+def _short(count: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

@@ -1,0 +1,122 @@
+"""Half-lives, retention and norms of SSM states against values worked out by hand and the model's own states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from jambascope.hooks import ssm
+
+from jambascope import HookedJamba, JambaConfig
+from jambascope.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedJamba:
+    torch.manual_seed(0)
+    fields = dict(n_layers=4, d_model=16, d_vocab=20, n_heads=2, d_head=8, d_mlp=8, num_experts=1)
+    return HookedJamba(JambaConfig.jamba(attn_layer_period=4, attn_layer_offset=2, **fields))
+
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def test_half_life_by_hand():
+    A = torch.tensor([[-1.0, -2.0], [-0.5, -4.0]])
+    dt = torch.tensor([[0.1, 1.0], [0.3, 1.0]])  # means 0.2 and 1
+    expected = math.log(2) / torch.tensor([[0.2, 0.4], [0.5, 4.0]])
+    torch.testing.assert_close(ssm.half_life(A, dt), expected)
+    torch.testing.assert_close(ssm.half_life(A, dt[:1])[0], math.log(2) / torch.tensor([0.1, 0.2]))
+    assert ssm.half_life(A, torch.zeros(3, 2)).isinf().all()
+
+
+def test_half_life_halves_the_state():
+    A, dt = torch.tensor([[-0.7]]), torch.full((40, 1), 0.1)
+    tokens = ssm.half_life(A, dt).item()
+    left = torch.exp(A * 0.1 * tokens).item()
+    assert left == pytest.approx(0.5)
+
+
+def test_channels_are_grouped_by_the_median_over_states():
+    rows = [[8.0, 10.0, 1.0], [1.0, 2.0, 99.0], [4.0, 4.0, 4.0], [0.1, 0.2, 0.3], [50.0, 60.0, 70.0]]
+    half_lives = torch.tensor(rows)
+    torch.testing.assert_close(ssm.channel_half_life(half_lives), torch.tensor([8.0, 2.0, 4.0, 0.2, 60.0]))
+    torch.testing.assert_close(ssm.channel_half_life(torch.tensor([[1.0, 2.0, 4.0, 100.0]])), torch.tensor([3.0]))
+    assert [g.tolist() for g in ssm.channel_groups(half_lives, 2)] == [[3, 1, 2], [0, 4]]
+    assert [g.tolist() for g in ssm.channel_groups(half_lives, 8)] == [[3], [1], [2], [0], [4]]
+    with pytest.raises(InputError, match="groups=0"):
+        ssm.channel_groups(half_lives, 0)
+
+
+def test_group_norms_are_root_mean_squares():
+    states = torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[1.0, 1.0]]])  # E 3, T 1, N 2
+    got = ssm.group_norms(states, [torch.tensor([0, 1]), torch.tensor([2])])
+    torch.testing.assert_close(got, torch.tensor([[2.5], [1.0]]))
+
+
+def test_retention_by_hand():
+    A = torch.tensor([[-1.0]])
+    dt = torch.tensor([[9.0], [0.2], [0.3], [7.0]])  # the first is spent before position 0 is over
+    got = ssm.retention(A, dt, 2)[:, 0, 0]
+    torch.testing.assert_close(got, torch.exp(torch.tensor([-0.5, -0.3, 0.0])))
+    assert ssm.retention(A, dt, 0).tolist() == [[[1.0]]]
+    with pytest.raises(InputError, match="end=4"):
+        ssm.retention(A, dt, 4)
+
+
+def test_retention_survives_fast_decay_without_overflow():
+    got = ssm.retention(torch.full((1, 4), -16.0), torch.full((500, 1), 2.0), 499)
+    assert got.isfinite().all() and got[-1].eq(1).all() and got[0].eq(0).all()
+
+
+def test_captured_states_follow_the_recurrence(model):
+    layer = 1
+    captured = ssm.capture_states(model, TOKENS, layer)
+    names = [f"blocks.{layer}.mixer.{n}" for n in ("hook_x", "hook_B")]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS, names_filter=names)
+    x, B = (cache[n][0] for n in names)
+    h = torch.zeros(captured.A.shape)
+    for t in range(TOKENS.shape[1]):
+        dt = captured.dt[t][:, None]
+        h = torch.exp(dt * captured.A) * h + dt * B[t] * x[t][:, None]
+        torch.testing.assert_close(captured.states[:, t], h, rtol=1e-4, atol=1e-6)
+
+
+def test_norms_of_all_layers_equal_those_of_each(model):
+    norms = ssm.state_norms(model, TOKENS)
+    assert list(norms) == [0, 1, 3]
+    for layer, norm in norms.items():
+        states = ssm.capture_states(model, TOKENS, layer).states
+        torch.testing.assert_close(norm, states.square().mean((0, 2)).sqrt())
+    assert list(ssm.state_norms(model, TOKENS, [3])) == [3]
+
+
+def test_group_retention_is_the_mean_over_entries(model):
+    captured = ssm.capture_states(model, TOKENS, 0)
+    groups = ssm.channel_groups(ssm.half_life(captured.A, captured.dt))
+    got = ssm.group_retention(captured.A, captured.dt, 5, groups)
+    assert got.shape == (8, 6)
+    whole = ssm.retention(captured.A, captured.dt, 5)
+    torch.testing.assert_close(got[2], whole[:, groups[2]].mean((1, 2)))
+    torch.testing.assert_close(got[:, -1], torch.ones(8))
+    assert (got.diff(dim=1) >= 0).all(), "what is older has decayed more"
+
+
+def test_one_token(model):
+    captured = ssm.capture_states(model, TOKENS[:, :1], 0)
+    assert captured.states.shape == (32, 1, 16)
+    assert ssm.state_norms(model, TOKENS[:, :1])[0].shape == (1,)
+
+
+def test_layers_of_other_kinds_are_refused(model):
+    with pytest.raises(InputError, match=r"layer=2 .* 0, 1, 3"):
+        ssm.capture_states(model, TOKENS, 2)
+    with pytest.raises(InputError, match="layer=9"):
+        ssm.state_norms(model, TOKENS, [9])
+
+
+def test_no_hook_is_left_behind(model):
+    ssm.state_norms(model, TOKENS)
+    assert not any(point.heard for point in model.hook_dict.values())
