@@ -68,8 +68,8 @@ def load(
     return model.eval()
 
 
-def find_directory(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The directory of a packaged model, a local checkpoint or (downloaded) a hub id."""
+def find_directory(name_or_path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The directory of a packaged model, a local checkpoint or (downloaded, without weights if so asked) a hub id."""
     from jambascope.zoo import packaged_models
 
     path = Path(name_or_path).expanduser()
@@ -81,7 +81,7 @@ def find_directory(name_or_path: str | Path, revision: str | None = None) -> Pat
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the checkpoint's directory {path.parent}")
     if str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "~")):
-        return _download(str(name_or_path), revision)
+        return _download(str(name_or_path), revision, weights)
     near = difflib.get_close_matches(str(name_or_path), packaged, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise CheckpointError(
@@ -89,11 +89,12 @@ def find_directory(name_or_path: str | Path, revision: str | None = None) -> Pat
     )
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.model"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as e:  # the hub client raises many kinds, from the network down
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(
@@ -122,6 +123,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object; restore the file")
     return value
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether any weights, of whatever format, lie in the directory (a download of the configuration alone has none)."""
+    return any(p.suffix in (".safetensors", ".bin", ".pt", ".pth") for p in directory.iterdir())
+
+
+def check_tensors(directory: Path, config: JambaConfig, model_type: str) -> bool:
+    """Compare names, shapes and types in the files' headers with the configuration; raises as ``load`` does."""
+    from jambascope.model import HookedJamba
+
+    where = locate_tensors(directory)
+    _plan(dict(HookedJamba(config, device="meta").named_parameters()), config, model_type, where, directory)
+    return True
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:

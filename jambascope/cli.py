@@ -1,0 +1,204 @@
+"""The ``jambascope`` command. Heavy imports happen inside the commands, so that ``--help`` stays quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="jambascope",
+    help="Look inside hybrid Transformer-Mamba-MoE language models (the Jamba family), and change what is there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+zoo_app = typer.Typer(
+    help="The small trained models that ship with the package.", rich_markup_mode=None, invoke_without_command=True
+)
+app.add_typer(zoo_app, name="zoo")
+
+Model = Annotated[str, typer.Argument(help="A packaged model's name, a checkpoint directory, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... [default: cpu]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as stored]")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    context: Annotated[int, typer.Option(min=1, help="Context length, in tokens, to count memory for.")] = 262_144,
+    dtype: Annotated[str, typer.Option(help="Type in which weights and caches are counted.")] = "bfloat16",
+) -> None:
+    """Layers, parameters total and active, and bytes of weights, KV cache and SSM state. Reads no weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jambascope import checkpoint, memory
+    from jambascope.memory import readable_bytes, readable_count
+
+    kind = parse_dtype(dtype)
+    directory = checkpoint.find_directory(model, weights=False)
+    config, model_type = checkpoint.read_config(directory)
+    checked = checkpoint.check_tensors(directory, config, model_type) if checkpoint.has_weights(directory) else None
+    cost = memory.model_cost(config)
+
+    console = Console()
+    layers = Table(title=f"{model} ({model_type}): {config.n_layers} layers, d_model {config.d_model}")
+    for name in ("layer", "mixer", "feed-forward"):
+        layers.add_column(name)
+    for name in ("parameters", "active"):
+        layers.add_column(name, justify="right")
+    for i, layer in enumerate(cost.layers):
+        experts = f" {config.experts_per_token} of {config.num_experts}" if layer.feed_forward == "moe" else ""
+        counts = readable_count(layer.parameters), readable_count(layer.active_parameters)
+        layers.add_row(str(i), layer.mixer, layer.feed_forward + experts, *counts)
+    rest = readable_count(cost.embedding_parameters)
+    layers.add_row("", "embeddings, final norm", "", rest, rest)
+    console.print(layers)
+
+    per_token = memory.kv_cache_bytes_per_token(config, kind)
+    state = memory.mamba_state_bytes(config, kind)
+    rows = [
+        ("parameters, total", f"{readable_count(cost.parameters)} ({cost.parameters:,})"),
+        ("parameters, active per token", f"{readable_count(cost.active_parameters)} ({cost.active_parameters:,})"),
+        (f"weights in {dtype}", readable_bytes(cost.parameters * kind.itemsize)),
+        (f"KV cache per token in {dtype}", readable_bytes(per_token)),
+        (f"KV cache at {context:,} tokens", readable_bytes(per_token * context)),
+        ("SSM and conv state, per sequence at any length", readable_bytes(state)),
+        ("tensors on disk", "names, shapes and types fit" if checked else "none (counted from config.json)"),
+    ]
+    totals = Table(show_header=False)
+    for row in rows:
+        totals.add_row(*row)
+    console.print(totals)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text; token ids such as '5 17 3' for a checkpoint without tokenizer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="How many tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest that together reach p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Continue a prompt and print prompt and continuation."""
+    from jambascope import HookedJamba
+
+    loaded = HookedJamba.from_pretrained(model, device=parse_device(device), dtype=parse_dtype(dtype) if dtype else None)
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, progress=sys.stderr.isatty())
+    typer.echo(loaded.generate(prompt, max_new_tokens, **options))
+
+
+@zoo_app.callback()
+def zoo(context: typer.Context) -> None:
+    """The small trained models that ship with the package."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from jambascope import checkpoint, memory
+    from jambascope.zoo import packaged_models
+
+    table = Table("model", "layers", "attention at", "MoE at", "parameters", "active", "on disk", "card")
+    for name, directory in packaged_models().items():
+        config, _ = checkpoint.read_config(directory)
+        cost = memory.model_cost(config)
+        size = sum(p.stat().st_size for p in directory.iterdir())
+        table.add_row(
+            name,
+            str(config.n_layers),
+            ", ".join(map(str, config.attention_layers)) or "-",
+            ", ".join(map(str, config.moe_layers)) or "-",
+            memory.readable_count(cost.parameters),
+            memory.readable_count(cost.active_parameters),
+            memory.readable_bytes(size),
+            str(directory / "README.md"),
+        )
+    Console().print(table)
+
+
+@zoo_app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="Which model of the zoo to train anew.")],
+    out: Annotated[str, typer.Option(help="Directory for checkpoints, log and the finished model.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps. [default: the recipe's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data. [default: the recipe's]")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+) -> None:
+    """Train a packaged model anew on this machine, with a log and checkpoints in OUT."""
+    from pathlib import Path
+
+    from jambascope.zoo.train import train as run
+
+    run(name, Path(out), steps=steps, seed=seed, resume=resume)
+
+
+def parse_dtype(name: str):
+    """The torch dtype of that name; raises ConfigError on others."""
+    import torch
+
+    from jambascope.errors import ConfigError
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in known:
+        raise ConfigError(f"dtype={name!r} must be one of {', '.join(known)}")
+    return known[name]
+
+
+def parse_device(name: str | None):
+    """The torch device of that name; raises ConfigError when it does not exist here."""
+    import torch
+
+    from jambascope.errors import ConfigError
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"device={name!r} cannot be used here ({str(e).splitlines()[0]}); try cpu") from None
+    return device
+
+
+def _add_commands_of_other_floors() -> None:
+    """Commands that live above this package (dashboard, bench) register themselves by entry point."""
+    for entry in sorted(entry_points(group="jambascope.commands"), key=lambda e: e.name):
+        app.command(name=entry.name)(entry.load())
+
+
+def main() -> None:
+    """Run the command line: errors are one line on stderr, status 2 for wrong usage and 1 for the rest."""
+    from jambascope.errors import JambascopeError
+
+    _add_commands_of_other_floors()
+    try:
+        status = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except JambascopeError as e:
+        _fail(str(e), 1)
+    except BrokenPipeError:  # the reader of a pipe (head, say) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as e:
+        if hasattr(e, "format_message"):  # wrong usage, as typer's own copy of click raises it
+            _fail(e.format_message(), e.exit_code)
+        if os.environ.get("JAMBASCOPE_TRACEBACK"):
+            raise
+        _fail(f"unexpected {type(e).__name__}: {e} (set JAMBASCOPE_TRACEBACK=1 to see where)", 1)
+    sys.exit(status or 0)
+
+
+def _fail(message: str, status: int) -> None:
+    print("jambascope: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)

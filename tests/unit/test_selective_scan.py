@@ -1,0 +1,222 @@
+"""Every backend of the scan against the reference in float64: outputs, states, captures, edits, every gradient."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jambascope.errors import ConfigError, InputError
+from jambascope.kernels.conv import causal_conv1d
+from jambascope.kernels.selective_scan import StateEdits, selective_scan
+
+SIZES = {  # batch, length, channels, states
+    "one-of-everything": (1, 1, 1, 1),
+    "one-token": (2, 1, 16, 16),
+    "odd": (3, 65, 17, 3),
+    "chunk-exact": (1, 64, 16, 16),
+    "chunk-and-one": (2, 33, 48, 16),
+    "d_state-1": (2, 70, 40, 1),
+    "d_state-5": (2, 130, 33, 5),
+    "d_state-64": (1, 40, 16, 64),
+    "many-blocks": (1, 19, 320, 4),
+}
+
+
+def make(batch, length, channels, states, dtype=torch.float64, seed=0):
+    """Random tensor arguments in float64, rounded to what ``dtype`` can hold."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).double()
+
+    return dict(
+        x=draw(batch, length, channels),
+        dt=F.softplus(draw(batch, length, channels) - 1).to(dtype).double(),
+        A=-torch.exp(draw(channels, states)),
+        B=draw(batch, length, states),
+        C=draw(batch, length, states),
+        D=draw(channels),
+        gate=draw(batch, length, channels),
+        initial_state=draw(batch, channels, states),
+    )
+
+
+def some_positions(length):
+    return torch.tensor(sorted({0, length // 2, length - 1}))
+
+
+def run(arguments, dtype, backend, edits=None, capture=None, options=()):
+    """Results and gradients by name, of a random weighting of all outputs."""
+    leaves = {k: v.to(dtype).detach().clone().requires_grad_() for k, v in arguments.items() if k not in options}
+    edit_leaves = {k: v.float().to(dtype).detach().clone().requires_grad_() for k, v in (edits or {}).items()}
+    state_edits = StateEdits(some_positions(leaves["x"].shape[1]), **edit_leaves) if edits else None
+    result = selective_scan(**leaves, edits=state_edits, capture=capture, backend=backend)
+    outputs = {k: v for k, v in result._asdict().items() if v is not None}
+    generator = torch.Generator().manual_seed(9)
+    weights = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in outputs.items()}
+    sum((v.double() * weights[k]).sum() for k, v in outputs.items()).backward()
+    gradients = {f"gradient of {k}": v.grad for k, v in (leaves | edit_leaves).items()}
+    return outputs | gradients
+
+
+def assert_close(result, expected, tolerance):
+    for name, truth in expected.items():
+        error = (result[name].double() - truth).norm() / truth.norm().clamp_min(1e-30)
+        assert error < tolerance or truth.norm() == result[name].norm() == 0, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cpu_equals_reference(size):
+    arguments = make(*SIZES[size])
+    capture = some_positions(SIZES[size][1])
+    expected = run(arguments, torch.float64, "reference", capture=capture)
+    assert_close(run(arguments, torch.float32, "cpu", capture=capture), expected, 2e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cpu_equals_reference_with_edits(size):
+    batch, length, channels, states = SIZES[size]
+    arguments = make(*SIZES[size])
+    generator = torch.Generator().manual_seed(3)
+    shape = (batch, channels, len(some_positions(length)), states)
+    edits = {k: torch.randn(shape, generator=generator, dtype=torch.float64) for k in ("scale", "shift")}
+    expected = run(arguments, torch.float64, "reference", edits=edits, capture="all")
+    assert_close(run(arguments, torch.float32, "cpu", edits=edits, capture="all"), expected, 2e-6)
+
+
+@pytest.mark.parametrize("absent", [("gate",), ("D",), ("initial_state",), ("gate", "D", "initial_state")], ids=str)
+def test_options_left_out(absent):
+    arguments = make(2, 37, 24, 5)
+    expected = run(arguments, torch.float64, "reference", options=absent)
+    assert_close(run(arguments, torch.float32, "cpu", options=absent), expected, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_keeps_float32_states(dtype):
+    arguments = make(2, 40, 32, 8, dtype=dtype)
+    expected = run(arguments, torch.float64, "reference")
+    result = run(arguments, dtype, "cpu")
+    assert result["y"].dtype == dtype and result["final_state"].dtype == torch.float32
+    assert_close(result, expected, 4 * torch.finfo(dtype).eps)
+
+
+def test_reference_gradients_by_finite_differences():
+    arguments = {k: v.requires_grad_() for k, v in make(1, 4, 2, 2).items()}
+    edits = StateEdits(torch.tensor([2]), *torch.randn(2, 1, 2, 1, 2, dtype=torch.float64).requires_grad_())
+
+    def function(*values):
+        inputs = dict(zip([*arguments, "scale", "shift"], values, strict=True))
+        changed = StateEdits(edits.positions, inputs.pop("scale"), inputs.pop("shift"))
+        return selective_scan(**inputs, edits=changed, capture=[1, 3], backend="reference")
+
+    assert torch.autograd.gradcheck(function, (*arguments.values(), edits.scale, edits.shift))
+
+
+def test_reference_equals_mambapy():
+    pscan = pytest.importorskip("mambapy.pscan").pscan
+    a = make(2, 24, 6, 4)
+    decay = torch.exp(a["dt"][..., None] * a["A"])
+    write = (a["dt"] * a["x"])[..., None] * a["B"][:, :, None]
+    states = pscan(decay, write.contiguous())
+    expected = (states @ a["C"][..., None])[..., 0] + a["D"] * a["x"]
+    result = selective_scan(a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], capture="all", backend="reference")
+    torch.testing.assert_close(result.y, expected)
+    torch.testing.assert_close(result.captured, states.permute(0, 2, 1, 3))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_cut_sequence_equals_one_pass(backend):
+    a = {k: v.float() for k, v in make(2, 41, 20, 6).items()}
+    whole = selective_scan(**a, backend=backend)
+    state, ys = a.pop("initial_state"), []
+    for part in torch.arange(41).tensor_split([1, 2, 30]):
+        cut = {k: v[:, part] if v.ndim == 3 else v for k, v in a.items()}
+        result = selective_scan(**cut, initial_state=state, backend=backend)
+        state = result.final_state
+        ys.append(result.y)
+    torch.testing.assert_close(torch.cat(ys, 1), whole.y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, whole.final_state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_step_of_zero_leaves_the_state(backend):
+    a = {k: v.float() for k, v in make(1, 5, 3, 2).items()}
+    a["dt"] = torch.zeros_like(a["dt"])
+    assert torch.equal(selective_scan(**a, backend=backend).final_state, a["initial_state"])
+
+
+def test_strong_decay_and_long_steps_stay_finite():
+    a = {k: v.float() for k, v in make(1, 300, 16, 4).items()}
+    a["dt"], a["A"] = a["dt"] * 50, a["A"] * 50
+    a = {k: v.requires_grad_() for k, v in a.items()}
+    result = selective_scan(**a, backend="cpu")
+    result.y.sum().backward()
+    expected = selective_scan(**{k: v.detach().double() for k, v in a.items()}, backend="reference").y
+    torch.testing.assert_close(result.y.double(), expected, rtol=1e-4, atol=1e-4)
+    assert all(v.grad.isfinite().all() for v in a.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_for_every_number_of_threads(threads):
+    arguments = make(3, 100, 80, 16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run(arguments, torch.float32, "cpu")
+        torch.set_num_threads(threads)
+        result = run(arguments, torch.float32, "cpu")
+    finally:
+        torch.set_num_threads(before)
+    for name, value in expected.items():
+        assert torch.equal(result[name], value), name
+
+
+def test_two_threads_may_scan_at_once():
+    """numba's default thread layer would abort the process here."""
+    a = {k: v.float() for k, v in make(2, 400, 64, 16).items()}
+    expected, results = selective_scan(**a, backend="cpu").y, {}
+
+    def work(name):
+        for _ in range(20):
+            results[name] = selective_scan(**a, backend="cpu").y
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [w.start() for w in workers]
+    [w.join() for w in workers]
+    assert len(results) == 4 and all(torch.equal(y, expected) for y in results.values())
+
+
+def test_bad_arguments_are_named():
+    a = {k: v.float() for k, v in make(2, 6, 4, 3).items()}
+    with pytest.raises(InputError, match=r"dt has shape .*must be \(2, 6, 4\)"):
+        selective_scan(**a | dict(dt=a["dt"][:, :5]))
+    with pytest.raises(InputError, match=r"capture=\[3, 3\] must be ascending"):
+        selective_scan(**a, capture=[3, 3])
+    with pytest.raises(InputError, match=r"within 0\.\.5"):
+        selective_scan(**a, capture=[6])
+    with pytest.raises(InputError, match="edits.scale has shape"):
+        selective_scan(**a, edits=StateEdits(torch.tensor([1]), torch.ones(2, 4, 2, 3), torch.ones(2, 4, 1, 3)))
+    with pytest.raises(InputError, match="no positions"):
+        selective_scan(**a | {k: a[k][:, :0] for k in ("x", "dt", "B", "C", "gate")})
+    with pytest.raises(ConfigError, match="backend='warp'"):
+        selective_scan(**a, backend="warp")
+    with pytest.raises(ConfigError, match="backend='cpu' computes in float32"):
+        selective_scan(**{k: v.double() for k, v in a.items()}, backend="cpu")
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_causal_conv_equals_torch(width, length):
+    x, past = torch.randn(2, length, 6).double(), torch.randn(2, width - 1, 6).double()
+    weight, bias = torch.randn(6, width).double(), torch.randn(6).double()
+    out, inputs = causal_conv1d(x, weight, bias, past)
+    expected = F.conv1d(torch.cat((past, x), 1).transpose(1, 2), weight[:, None], bias, groups=6).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(inputs, torch.cat((past, x), 1))
+    alone, _ = causal_conv1d(x, weight, None)
+    torch.testing.assert_close(
+        alone, F.conv1d(F.pad(x.transpose(1, 2), (width - 1, 0)), weight[:, None], groups=6).transpose(1, 2)
+    )
