@@ -29,7 +29,7 @@ class MambaMixer(nn.Module):
         super().__init__()
         self.layer = layer
         E, N, R = config.d_inner, config.d_state, config.dt_rank
-        self.split_sizes = [R, N, N]
+        self.dt_rank, self.d_state = R, N
         self.in_proj = nn.Linear(config.d_model, 2 * E, bias=config.proj_bias)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=config.conv_bias)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
@@ -60,8 +60,10 @@ class MambaMixer(nn.Module):
         mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
         memory = run.mamba_state(self.layer)
 
-        x, gate = self.hook_in_proj(self.in_proj(hidden)).chunk(2, dim=-1)
-        gate = self.hook_gate(gate)
+        # Slices rather than chunk and split: their outputs could not be edited in place by a hook.
+        projected = self.hook_in_proj(self.in_proj(hidden))
+        d_inner = projected.shape[-1] // 2
+        x, gate = projected[..., :d_inner], self.hook_gate(projected[..., d_inner:])
         if mask is not None:
             x = x * mask
         x, conv_inputs = causal_conv1d(
@@ -70,9 +72,11 @@ class MambaMixer(nn.Module):
         x = F.silu(self.hook_conv(x))
         x = self.hook_x(x if mask is None else x * mask)
 
-        dt, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
-        B, C = self.hook_B(self.b_layernorm(B)), self.hook_C(self.c_layernorm(C))
-        dt = self._step_size(self.dt_layernorm(dt))
+        dt_B_C = self.x_proj(x)
+        R, N = self.dt_rank, self.d_state
+        B = self.hook_B(self.b_layernorm(dt_B_C[..., R : R + N]))
+        C = self.hook_C(self.c_layernorm(dt_B_C[..., R + N :]))
+        dt = self._step_size(self.dt_layernorm(dt_B_C[..., :R]))
         dt = self.hook_dt(dt if mask is None else dt * mask)
 
         scan = self._scan(x, dt, B, C, gate, None if memory is None else memory.ssm)

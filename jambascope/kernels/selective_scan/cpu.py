@@ -60,10 +60,11 @@ def selective_scan(
         _slots(capture, length),
         0 if capture is None else len(capture),
     )
+    # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
+    captured = None if capture is None else captured.permute(0, 3, 1, 2)[:, :d_inner]
     if pad:
         y, final = y[..., :d_inner], final[:, :d_inner]
-        captured = captured[:, :d_inner]
-    return ScanResult(y, final, None if capture is None else captured)
+    return ScanResult(y, final, captured)
 
 
 def _slots(positions: torch.Tensor | None, length: int) -> np.ndarray:
@@ -133,7 +134,7 @@ class _Scan(torch.autograd.Function):
             ctx.save_for_backward(x, dt, A, B, C, D, gate, h0, scale, shift)
             ctx.arrays, ctx.edit_arrays = arrays, edit_arrays
             ctx.slots, ctx.checkpoints, ctx.chunk = (edit_slot, capture_slot), checkpoints, chunk
-        return y.to(x.dtype), final, captured.permute(0, 3, 1, 2)
+        return y.to(x.dtype), final, captured
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -155,7 +156,7 @@ class _Scan(torch.autograd.Function):
         grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner)
         edit_slot, capture_slot = ctx.slots
         dy, dfinal = _array(dy), _array(dfinal)
-        dcaptured = _array(dcaptured.permute(0, 2, 3, 1))
+        dcaptured = _array(dcaptured)
         announce_first_compile(k.backward)
         run_items(
             lambda start, stop: k.backward(

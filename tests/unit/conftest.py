@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jambascope import HookedJamba, JambaConfig
+from jambascope.model import initialize
+
+SHAPE = dict(
+    d_model=32, d_vocab=61, n_heads=4, n_key_value_heads=2, d_head=8, d_mlp=24, num_experts=5, d_state=6, n_ctx=128,
+    bos_token_id=1, eos_token_ids=(2,), pad_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_config() -> JambaConfig:
+    """Every layer kind: Mamba and attention, dense and MoE."""
+    return JambaConfig.jamba(n_layers=4, attn_layer_period=3, attn_layer_offset=1, **SHAPE)
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config) -> HookedJamba:
+    torch.manual_seed(0)
+    model = HookedJamba(small_config)
+    initialize(model, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 61, (2, 11), generator=torch.Generator().manual_seed(1))
