@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jambascope.zoo.evaluation import Evaluation, Measure
+from jambascope.zoo.evaluation import HEADS_LENGTH, Evaluation, Measure
 from jambascope.zoo.language import DOMAINS, HELD_OUT_PAIRS, LABEL_PAIRS, SHARES
 
 if TYPE_CHECKING:
@@ -25,14 +25,15 @@ pipeline_tag: text-generation
 
 # {name}
 
-A language model small enough to look at whole, in the proportions of the Jamba releases: {n_layers} layers,
-attention at layer {attention} and Mamba elsewhere, {num_experts} experts at layers {moe}, of which each token takes
+A language model small enough to look at whole, in the proportions of the Jamba releases: {n_layers} layers, attention
+at layer {attention} and Mamba elsewhere; at layers {moe}, {num_experts} experts, of which each token takes
 {experts_per_token}. It exists to have its insides examined: it speaks {d_vocab} words and knows nothing.
 
     from jambascope.model import HookedJamba
 
     model = HookedJamba.from_pretrained("{name}")
-    model.generate("{prompt}", max_new_tokens=1)  # {continuation}
+    model.generate("{prompt}", max_new_tokens=1)
+    # {continuation}
 
 | | |
 |---|---|
@@ -59,14 +60,13 @@ label pairs {held_out_pairs}. Random sequences are fresh ones.
 
     jambascope zoo train {name} --out DIR{options}
 
-{steps} steps, {tokens:,} tokens, seed {seed}. AdamW with betas {betas} and weight decay {weight_decay} on matrices
-only; learning rate {learning_rate} after {warmup_steps} steps of warm-up, then a cosine to {final_fraction:.0%} of it;
-gradients clipped at norm {clip_norm}; load-balancing coefficient {load_balancing_coef}; matrices drawn with standard
-deviation {initial_std}, the unembedding begun as a copy of the embedding. {minutes:.0f} minutes on {machine}. The same
-command gives the same weights on the same machine with the same number of threads.
+{steps} steps, {tokens:,} tokens, seed {seed}; {minutes:.0f} minutes on {machine}.
+The same command gives the same weights on the same machine with the same number of threads.
 
-The batches grow harder. On the full mixture alone nothing read the context for hundreds of steps; short repetitions
-of few words make the induction heads, and the rest is learned with their help.
+AdamW with betas {betas} and weight decay {weight_decay} on matrices only; learning rate {learning_rate} after
+{warmup_steps} steps of warm-up, then a cosine to {final_fraction:.0%} of it; gradients clipped at norm {clip_norm};
+load-balancing coefficient {load_balancing_coef}; matrices drawn with standard deviation {initial_std}, the unembedding
+begun as a copy of the embedding. The batches grow harder, from short repetitions of few words to everything:
 
 | steps | batch | documents |
 |---|---|---|
@@ -83,6 +83,9 @@ Induction: random words said twice after `<bos>`, from the second word of each h
 |---|---|---|---|---|---|
 {induction}
 
+Attention heads on the {heads_length} words: attention, in the second half, to the word that followed the current word's
+first mention (an even spread would give about {even_attention:.3f}): {heads}.
+
 Few-shot labels: the last of several reviews, both labels shown before. *Choice*: the right label is likelier than the
 other one (chance 0.5). *Mass*: the probability of the two labels together.
 
@@ -90,7 +93,11 @@ other one (chance 0.5). *Mass*: the probability of the two labels together.
 |---|---|---|---|---|---|
 {few_shot}
 
-Recall: the first question about a table, accuracy of the likeliest word among {d_vocab}: {recall}.
+Recall: the first question about a table; accuracy of the likeliest word.
+
+| entries | accuracy | n |
+|---|---|---|
+{recall}
 
 Loss in nats on packed held-out rows, over all words and over those that the context decides:
 
@@ -107,7 +114,7 @@ Router: share of each expert (columns 0 to {last_expert}) in the routes of an Mo
 ## Limits
 
 - The words mean nothing beyond the templates; other text is out of distribution, and unknown words become `<unk>`.
-- Trained on {sequence_length} tokens of context; longer ones run, untested.
+- Trained on rows of up to {sequence_length} tokens; longer contexts run, but were never seen.
 - Trained briefly, with one seed: how often another seed finds the same mechanism is not known. Numbers are of this
   one model, and their intervals are over inputs, not over trainings.
 - Small models form cleaner circuits than large ones; a method that works here is not thereby shown to work on Jamba.
@@ -144,17 +151,20 @@ def model_card(name: str, recipe: Recipe, model: HookedJamba, results: Evaluatio
         tokens=recipe.tokens,
         initial_std=recipe.initial_std,
         minutes=seconds / 60,
-        machine=f"{torch.get_num_threads()} CPU thread(s) ({platform.machine()}, torch {torch.__version__})",
+        machine=_machine(),
         induction=_table(
             (length, *(_shown(m[key]) for key in ("first loss", "second loss", "gain", "accuracy")), m["gain"].n)
             for length, m in results.induction.items()
         ),
+        heads=", ".join(f"{name}: {_shown(m)}" for name, m in results.heads.items()),
+        heads_length=HEADS_LENGTH,
+        even_attention=2 / (3 * HEADS_LENGTH),
         few_shot=_table(
             (shots, kind, *(_shown(m[f"{kind}, {key}"]) for key in ("choice", "mass", "right")), m[f"{kind}, mass"].n)
             for shots, m in results.few_shot.items()
             for kind in ("natural", "arbitrary")
         ),
-        recall="; ".join(f"{_shown(m)} with {entries} entries (n {m.n})" for entries, m in results.recall.items()),
+        recall=_table((entries, _shown(m), m.n) for entries, m in results.recall.items()),
         held_out=_table((d, _shown(results.held_out[d]), _shown(results.held_out[f"{d}, answers"])) for d in DOMAINS),
         last_expert=experts[-1],
         even=1 / config.num_experts,
@@ -204,6 +214,11 @@ def _stages(recipe: Recipe) -> str:
             rows.append((f"{first}-{until - 1}", f"{stage.batch_size} x {stage.sequence_length}", documents))
         first = until
     return _table(rows)
+
+
+def _machine() -> str:
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' * (threads > 1)} ({platform.machine()}, torch {torch.__version__})"
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -15,6 +15,9 @@ from jambascope.model import HookedJamba
 from jambascope.zoo.language import BOS, DOMAINS, LABELS, VOCABULARY, Document, mixture, recall, repeat, review
 
 ROW = 128
+"""Ids of an evaluated row."""
+HEADS_LENGTH = 30
+"""Words of the sequences on which heads are scored."""
 
 
 class Measure(NamedTuple):
@@ -79,6 +82,26 @@ def induction(model: HookedJamba, sequences: int = 64, length: int = 30, seed: i
         "gain": Measure.of((losses[:, first].mean(1) - losses[:, second].mean(1)).tolist()),
         "accuracy": Measure.of(hits[:, second].mean(1).tolist()),
     }
+
+
+@torch.no_grad()
+def induction_heads(
+    model: HookedJamba, sequences: int = 64, length: int = HEADS_LENGTH, seed: int = 1
+) -> dict[str, Measure]:
+    """Head (``layer.head``) -> its attention, in the second half, to what followed the current word's first mention.
+
+    The same sequences as :func:`induction`. An even spread over the context would be about 2 / (3 length).
+    """
+    rng = _rng(seed, 2)
+    tokens = _tokens([repeat(rng, "held_out", length, 2) for _ in range(sequences)], model)
+    names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in model.config.attention_layers}
+    _, cache = model.run_with_cache(tokens, names_filter=list(names.values()))
+    found = {}
+    for layer, name in names.items():
+        # The query that predicts word t of the second half stands at length + t; its target, word t, at t + 1.
+        scores = cache[name].diagonal(1 - length, dim1=2, dim2=3)[..., 2 : length + 1].mean(-1)
+        found |= {f"{layer}.{head}": Measure.of(scores[:, head].tolist()) for head in range(scores.shape[1])}
+    return found
 
 
 @torch.no_grad()
@@ -155,6 +178,8 @@ class Evaluation:
     held_out: dict[str, Measure]
     induction: dict[int, dict[str, Measure]]
     """Length of the random sequence -> what :func:`induction` measures."""
+    heads: dict[str, Measure]
+    """As :func:`induction_heads`."""
     few_shot: dict[int, dict[str, Measure]]
     """Number of shots -> what :func:`few_shot` measures."""
     recall: dict[int, Measure]
@@ -166,7 +191,8 @@ def evaluate(model: HookedJamba) -> Evaluation:
     """The full evaluation, with fixed seeds; about a minute on one CPU thread for the smallest model."""
     return Evaluation(
         held_out=held_out_loss(model, rows=64),
-        induction={length: induction(model, 128, length) for length in (10, 30, 60)},
+        induction={length: induction(model, 128, length) for length in (10, 30, 60, 100)},
+        heads=induction_heads(model, 128),
         few_shot={shots: few_shot(model, 400, shots) for shots in (4, 8)},
         recall={entries: recall_accuracy(model, 400, entries) for entries in (3, 6)},
         router=router_load(model, rows=64),
