@@ -1,0 +1,105 @@
+"""The command line as a person meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+COMMAND = [sys.executable, "-c", "from jambascope.cli import main; main()"]
+
+
+def run(*arguments):
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def directory(small_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    small_model.save_pretrained(path)
+    return path
+
+
+def test_help_lists_every_command_with_its_purpose():
+    result = run("--help")
+    assert result.returncode == 0
+    for command in ("dashboard", "inspect", "generate", "zoo", "bench"):
+        assert f"  {command} " in result.stdout
+    for command in ("dashboard", "inspect", "generate", "bench", "zoo"):
+        assert "Usage:" in run(command, "--help").stdout
+
+
+def test_importing_and_asking_for_help_load_nothing_heavy():
+    code = """
+import sys
+try:
+    sys.argv = ["jambascope", "--help"]
+    from jambascope.cli import main
+    main()
+except SystemExit:
+    pass
+import jambascope
+heavy = {"torch", "numba", "transformers", "transformer_lens", "streamlit", "plotly", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_inspect_counts_a_directory(directory):
+    result = run("inspect", str(directory), "--context", "1000", "--dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    for words in ("attention", "mamba", "moe 2 of 5", "dense", "parameters, active", "names, shapes and types fit"):
+        assert words in result.stdout
+    # 1 attention layer, keys and values, 2 heads of 8 float32 numbers
+    assert "128 B" in result.stdout and "KV cache at 1,000 tokens" in result.stdout and "125 KiB" in result.stdout
+
+
+def test_inspect_needs_only_a_configuration(directory, tmp_path):
+    fields = json.loads((directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    result = run("inspect", str(tmp_path))
+    assert result.returncode == 0 and "counted from config.json" in result.stdout
+
+
+def test_generate_continues_ids(directory, small_model):
+    result = run("generate", str(directory), "5 17 3", "--max-new-tokens", "6")
+    assert result.returncode == 0, result.stderr
+    expected = small_model.generate(torch.tensor([[5, 17, 3]]), 6)[0].tolist()
+    assert [int(word) for word in result.stdout.split()] == expected
+    assert result.stderr == ""
+
+
+def test_zoo_lists_what_ships():
+    result = run("zoo")
+    assert result.returncode == 0 and "jamba-micro" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["inspect", "nowhere"], 1, "'nowhere' is neither a directory nor a packaged model"),
+        (["generate", "MODEL", "hello"], 1, "token ids such as '5 17 3'"),
+        (["generate", "MODEL", "5 99"], 1, "token id 99 is outside the vocabulary"),
+        (["generate", "MODEL", ""], 1, "is empty"),
+        (["generate", "MODEL", "5", "--dtype", "int4"], 1, "dtype='int4' must be one of"),
+        (["generate", "MODEL", "5", "--device", "cuda:77"], 1, "device='cuda:77' cannot be used here"),
+        (["generate", "MODEL", "5", "--top-p", "7"], 1, "top_p=7.0"),
+        (["generate", "MODEL"], 2, "Missing argument"),
+        (["inspect", "MODEL", "--context", "0"], 2, "Invalid value for '--context'"),
+        (["inspekt"], 2, "No such command 'inspekt'"),
+        (["dashboard", "nowhere"], 1, "'nowhere' is neither a directory nor a packaged model"),
+        (["bench", "--race", "sleep"], 1, "race='sleep' must be one of"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_errors_are_one_line(arguments, status, words, directory):
+    result = run(*[str(directory) if a == "MODEL" else a for a in arguments])
+    assert result.returncode == status
+    assert words in result.stderr
+    assert result.stderr.startswith("jambascope: ") and result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
