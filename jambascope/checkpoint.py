@@ -126,7 +126,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether any weights, of whatever format, lie in the directory (a download of the configuration alone has none)."""
+    """Whether weights of any format lie in the directory (a download of the configuration alone has none)."""
     return any(p.suffix in (".safetensors", ".bin", ".pt", ".pth") for p in directory.iterdir())
 
 
@@ -152,15 +152,17 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
             held = set(_keys(path))
             absent = [n for n, p in where.items() if p == path and n not in held]
             if absent:
-                raise CheckpointError(f"{path} does not hold {absent[0]!r}, though {index.name} says so; fetch it again")
+                raise CheckpointError(
+                    f"{path} does not hold {absent[0]!r}, though {index.name} says so; fetch it again"
+                )
         return where
     if single.exists():
         return dict.fromkeys(_keys(single), single)
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{directory / pickles[0]} is a pickle, which can run code when opened, and is refused; convert it where you "
-            "trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+            f"{directory / pickles[0]} is a pickle, which can run code when opened, and is refused; "
+            "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
         )
     raise CheckpointError(f"{single} does not exist; a checkpoint directory needs it, or an index with its shards")
 
@@ -203,7 +205,8 @@ def _plan(
                     raise CheckpointError(f"{path}: {piece.file_name} has shape {shape}; config.json asks for {needed}")
                 if stored.get_dtype() not in DTYPES:
                     raise CheckpointError(
-                        f"{path}: {piece.file_name} is stored as {stored.get_dtype()}; convert it to float32 or bfloat16"
+                        f"{path}: {piece.file_name} is stored as {stored.get_dtype()}; "
+                        "convert it to float32, bfloat16 or float16"
                     )
     return plan
 
@@ -238,9 +241,7 @@ def _copy_weights(parameters: dict[str, torch.Tensor], plan: list[Piece], where:
                     del values
 
 
-def _batches(
-    group: list[Piece], parameters: dict[str, torch.Tensor]
-) -> Iterator[list[tuple[Piece, slice | None]]]:
+def _batches(group: list[Piece], parameters: dict[str, torch.Tensor]) -> Iterator[list[tuple[Piece, slice | None]]]:
     """The pieces of one file, large ones cut into row ranges, in batches of at most about COPY_BYTES."""
     batch: list[tuple[Piece, slice | None]] = []
     held = 0
@@ -275,7 +276,8 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as e:  # whatever a damaged tokenizer file makes transformers or tokenizers raise
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(
-            f"the tokenizer in {directory} cannot be opened ({reason}); restore its files, or remove them to use token ids"
+            f"the tokenizer in {directory} cannot be opened ({reason}); "
+            "restore its files, or remove them to use token ids"
         ) from e
 
 

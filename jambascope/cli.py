@@ -92,7 +92,9 @@ def generate(
     """Continue a prompt and print prompt and continuation."""
     from jambascope import HookedJamba
 
-    loaded = HookedJamba.from_pretrained(model, device=parse_device(device), dtype=parse_dtype(dtype) if dtype else None)
+    loaded = HookedJamba.from_pretrained(
+        model, device=parse_device(device), dtype=parse_dtype(dtype) if dtype else None
+    )
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, progress=sys.stderr.isatty())
     typer.echo(loaded.generate(prompt, max_new_tokens, **options))
 

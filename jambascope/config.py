@@ -127,12 +127,9 @@ class JambaConfig:
             d_model=d_model,
             d_inner=expand * d_model,
             num_experts=num_experts,
-            mixers=tuple(
-                "attention" if i % attn_layer_period == attn_layer_offset else "mamba" for i in layers
-            ),
+            mixers=tuple("attention" if i % attn_layer_period == attn_layer_offset else "mamba" for i in layers),
             feed_forwards=tuple(
-                "moe" if num_experts > 1 and i % expert_layer_period == expert_layer_offset else "dense"
-                for i in layers
+                "moe" if num_experts > 1 and i % expert_layer_period == expert_layer_offset else "dense" for i in layers
             ),
             **fields,
         )
@@ -150,7 +147,11 @@ def _check(c: JambaConfig) -> None:
     def positive(*fields: str) -> None:
         for field in fields:
             value = getattr(c, field)
-            need(isinstance(value, int) and not isinstance(value, bool) and value >= 1, field, "must be a whole number of at least 1")
+            need(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                field,
+                "must be a whole number of at least 1",
+            )
 
     positive("d_model", "d_vocab")
     need(len(c.mixers) >= 1, "mixers", "name at least one layer")

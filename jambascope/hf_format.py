@@ -26,7 +26,9 @@ def config_from_hf(hf: dict[str, Any]) -> JambaConfig:
     """The JambaConfig of a parsed config.json; raises ConfigError naming the field that is missing or unusable."""
     model_type = hf.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model_type={model_type!r} cannot be opened here; it must be one of {', '.join(MODEL_TYPES)}")
+        raise ConfigError(
+            f"model_type={model_type!r} cannot be opened here; it must be one of {', '.join(MODEL_TYPES)}"
+        )
     try:
         if model_type == "jambascope":
             return JambaConfig(**hf["jamba_config"])

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import nn
 from transformer_lens import ActivationCache, HookedRootModule
 
-from jambascope import generation, tokens as tokenization
+from jambascope import generation
+from jambascope import tokens as tokenization
 from jambascope.attention import Attention
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError, InputError
@@ -230,9 +231,7 @@ class HookedJamba(HookedRootModule):
         loss = losses if loss_per_token else mean_loss(losses, mask)
         return loss if return_type == "loss" else (logits, loss)
 
-    def loss_terms(
-        self, input: Input, attention_mask: Int[torch.Tensor, "batch pos"] | None = None
-    ) -> LossTerms:
+    def loss_terms(self, input: Input, attention_mask: Int[torch.Tensor, "batch pos"] | None = None) -> LossTerms:
         """The training loss and its parts: next token, load balancing, activation."""
         with self._lock:
             tokens, mask = self._prepare(input, attention_mask, None)

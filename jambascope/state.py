@@ -64,9 +64,7 @@ class InferenceState:
     """[B length] bool, which of them are tokens; None while all are."""
 
     @classmethod
-    def create(
-        cls, config: JambaConfig, batch: int, device: torch.device | str, dtype: torch.dtype
-    ) -> InferenceState:
+    def create(cls, config: JambaConfig, batch: int, device: torch.device | str, dtype: torch.dtype) -> InferenceState:
         """An empty state: nothing seen."""
         layers: list[KeyValueState | MambaState] = []
         for mixer in config.mixers:

@@ -98,7 +98,9 @@ def check(
     if mask.ndim == 1:
         mask = mask[None]
     if mask.shape != tokens.shape:
-        raise InputError(f"attention_mask has shape {tuple(mask.shape)}; it must be that of tokens {tuple(tokens.shape)}")
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}; it must be that of tokens {tuple(tokens.shape)}"
+        )
     if mask.device.type == "cpu":
         if not ((mask == 0) | (mask == 1)).all():
             raise InputError("attention_mask must hold 1 for tokens and 0 for padding only")

@@ -42,8 +42,6 @@ CASES = {
 }
 
 
-
-
 def draws(length: int) -> int:
     """Short sequences average less within a draw, so they get more draws."""
     return 9 if length > 8 else 31
@@ -95,9 +93,7 @@ def test_load_balancing_loss(padding, make_trio, random_tokens):
     terms = trio.ours.loss_terms(tokens, attention_mask=mask)
     # transformers' router of a padded row sees other values at the padding, which its mask leaves out, as does ours.
     torch.testing.assert_close(terms.load_balancing.double(), expected.double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        terms.total, terms.lm + trio.ours.config.load_balancing_coef * terms.load_balancing
-    )
+    torch.testing.assert_close(terms.total, terms.lm + trio.ours.config.load_balancing_coef * terms.load_balancing)
 
 
 def test_float64_ours_is_float64(make_trio, random_tokens, relative_error):

@@ -157,7 +157,9 @@ def test_the_tokenizer_travels_and_ids_do_without(directory, tmp_path):
 
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "red", "blue"])}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "red", "blue"])}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(directory)
     model = HookedJamba.from_pretrained(directory)

@@ -69,7 +69,7 @@ def test_generate_continues_ids(directory, small_model):
     assert result.returncode == 0, result.stderr
     expected = small_model.generate(torch.tensor([[5, 17, 3]]), 6)[0].tolist()
     assert [int(word) for word in result.stdout.split()] == expected
-    assert result.stderr == ""
+    assert [line for line in result.stderr.splitlines() if "compiling the CPU kernel" not in line] == []
 
 
 def test_zoo_lists_what_ships():
@@ -101,5 +101,3 @@ def test_errors_are_one_line(arguments, status, words, directory):
     assert words in result.stderr
     assert result.stderr.startswith("jambascope: ") and result.stderr.count("\n") == 1
     assert result.stdout == ""
-
-

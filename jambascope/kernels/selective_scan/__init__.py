@@ -29,11 +29,11 @@ def selective_scan(
     A: Float[torch.Tensor, "d_inner d_state"],
     B: Float[torch.Tensor, "batch pos d_state"],
     C: Float[torch.Tensor, "batch pos d_state"],
-    D: Float[torch.Tensor, "d_inner"] | None = None,
+    D: Float[torch.Tensor, d_inner] | None = None,
     *,
     gate: Float[torch.Tensor, "batch pos d_inner"] | None = None,
     initial_state: Float[torch.Tensor, "batch d_inner d_state"] | None = None,
-    capture: Int[torch.Tensor, "capture"] | Sequence[int] | Literal["all"] | None = None,
+    capture: Int[torch.Tensor, capture] | Sequence[int] | Literal["all"] | None = None,
     edits: StateEdits | None = None,
     backend: Backend = "auto",
 ) -> ScanResult:
@@ -67,7 +67,9 @@ def selective_scan(
         expected = (x.shape[0], x.shape[2], len(edits.positions), A.shape[1])
         for name in ("scale", "shift"):
             if tuple(getattr(edits, name).shape) != expected:
-                raise InputError(f"edits.{name} has shape {tuple(getattr(edits, name).shape)}; give {expected} [B E P N]")
+                raise InputError(
+                    f"edits.{name} has shape {tuple(getattr(edits, name).shape)}; give {expected} [B E P N]"
+                )
         edits = edits._replace(positions=_checked_positions(edits.positions, length, "edits.positions"))
     if backend == "auto":
         backend = "cpu" if x.device.type == "cpu" and x.dtype != torch.float64 else "reference"

@@ -13,6 +13,8 @@ from jambascope.kernels.selective_scan.interface import ScanResult, StateEdits
 from jambascope.kernels.threads import run_items
 
 LOG2_E = math.log2(math.e)
+SERIAL_BELOW = 65_536
+"""State updates below which waking another thread costs more than it saves."""
 _NOTHING = np.empty((0, 0, 0, 0), np.float32)
 _NO_SLOTS = np.empty(0, np.int32)
 
@@ -45,21 +47,16 @@ def selective_scan(
         scale, shift = [None if v is None else F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (scale, shift)]
     x_, dt_, gate_, D_ = channels_last
     A_, h0_ = channels_first
-    y, final, captured = _Scan.apply(
-        x_,
-        dt_,
-        A_,
-        B,
-        C,
-        D_,
-        gate_,
-        h0_,
-        scale,
-        shift,
+    inputs = (x_, dt_, A_, B, C, D_, gate_, h0_, scale, shift)
+    slots = (
         _slots(None if edits is None else edits.positions, length),
         _slots(capture, length),
         0 if capture is None else len(capture),
     )
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        y, final, captured = _Scan.apply(*inputs, *slots)
+    else:
+        (y, final, captured), _ = _scan(*inputs, *slots, keep=False)
     # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
     captured = None if capture is None else captured.permute(0, 3, 1, 2)[:, :d_inner]
     if pad:
@@ -92,49 +89,41 @@ def _chunk_length(d_state: int) -> int:
     return max(8, min(64, 512 // d_state))
 
 
+def _scan(x, dt, A, B, C, D, gate, h0, scale, shift, edit_slot, capture_slot, n_captured, keep):
+    """Results (y, final, captured [B slot N E]) and, with ``keep``, what the backward needs."""
+    from jambascope.kernels.selective_scan import cpu_kernels as k
+
+    (batch, length, d_inner), d_state = x.shape, A.shape[1]
+    chunk = _chunk_length(d_state)
+    arrays = [_array(v) for v in (x, dt, A * LOG2_E, B, C, D)]
+    arrays.append(_rank(_array(gate), 3))
+    h0_array = _rank(_array(h0), 3)
+    # [B E slot N] -> [B slot N E]: the layout in which the loop reads a lane block as one vector.
+    edit_arrays = [_array(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)]
+    y = torch.empty(batch, length, d_inner)
+    final = torch.empty(batch, d_inner, d_state)
+    captured = torch.empty(batch, n_captured, d_state, d_inner)
+    checkpoints = np.empty((batch, -(-length // chunk) if keep else 0, d_state, d_inner), np.float32)
+    outputs = y.numpy(), final.numpy(), captured.numpy(), checkpoints
+    announce_first_compile(k.forward)
+    run_items(
+        lambda start, stop: k.forward(
+            start, stop, *arrays, h0_array, edit_slot, *edit_arrays, capture_slot, *outputs, chunk
+        ),
+        batch * d_inner // k.LANES,
+        serial=x.numel() * d_state < SERIAL_BELOW,
+    )
+    return (y.to(x.dtype), final, captured), (arrays, edit_arrays, checkpoints, chunk)
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, gate, h0, scale, shift, edit_slot, capture_slot, n_captured):
-        from jambascope.kernels.selective_scan import cpu_kernels as k
-
-        batch, length, d_inner = x.shape
-        d_state = A.shape[1]
-        chunk = _chunk_length(d_state)
-        needs_grad = any(ctx.needs_input_grad)
-        arrays = [_array(v) for v in (x, dt, A * LOG2_E, B, C, D)]
-        arrays.append(_rank(_array(gate), 3))
-        h0_array = _rank(_array(h0), 3)
-        # [B E slot N] -> [B slot N E]: the layout in which the loop reads a lane block as one vector.
-        edit_arrays = [_array(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)]
-        y = torch.empty(batch, length, d_inner)
-        final = torch.empty(batch, d_inner, d_state)
-        captured = torch.empty(batch, n_captured, d_state, d_inner)
-        chunks = -(-length // chunk) if needs_grad else 0
-        checkpoints = np.empty((batch, chunks, d_state, d_inner), np.float32)
-        announce_first_compile(k.forward)
-        run_items(
-            lambda start, stop: k.forward(
-                start,
-                stop,
-                *arrays,
-                h0_array,
-                edit_slot,
-                *edit_arrays,
-                capture_slot,
-                y.numpy(),
-                final.numpy(),
-                captured.numpy(),
-                checkpoints,
-                chunk,
-            ),
-            batch * d_inner // k.LANES,
-            serial=length * d_inner * d_state * batch < 65536,
-        )
-        if needs_grad:
-            ctx.save_for_backward(x, dt, A, B, C, D, gate, h0, scale, shift)
-            ctx.arrays, ctx.edit_arrays = arrays, edit_arrays
-            ctx.slots, ctx.checkpoints, ctx.chunk = (edit_slot, capture_slot), checkpoints, chunk
-        return y.to(x.dtype), final, captured
+        inputs = (x, dt, A, B, C, D, gate, h0, scale, shift)
+        results, ctx.kept = _scan(*inputs, edit_slot, capture_slot, n_captured, keep=True)
+        ctx.save_for_backward(*inputs)
+        ctx.slots = edit_slot, capture_slot
+        return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -155,36 +144,17 @@ class _Scan(torch.autograd.Function):
         n_edits = 0 if scale is None else scale.shape[2]
         grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner)
         edit_slot, capture_slot = ctx.slots
+        arrays, edit_arrays, checkpoints, chunk = ctx.kept
         dy, dfinal = _array(dy), _array(dfinal)
         dcaptured = _array(dcaptured)
         announce_first_compile(k.backward)
+        into = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_gate, grad_h0, grad_scale, grad_shift)
+        into = [g.numpy() for g in into]
+        saved = (*arrays, edit_slot, *edit_arrays, capture_slot, checkpoints, chunk)
         run_items(
-            lambda start, stop: k.backward(
-                start,
-                stop,
-                groups,
-                *ctx.arrays,
-                edit_slot,
-                *ctx.edit_arrays,
-                capture_slot,
-                ctx.checkpoints,
-                ctx.chunk,
-                dy,
-                dfinal,
-                dcaptured,
-                grad_x.numpy(),
-                grad_dt.numpy(),
-                grad_A.numpy(),
-                grad_B.numpy(),
-                grad_C.numpy(),
-                grad_D.numpy(),
-                grad_gate.numpy(),
-                grad_h0.numpy(),
-                grad_scale.numpy(),
-                grad_shift.numpy(),
-            ),
+            lambda start, stop: k.backward(start, stop, groups, *saved, dy, dfinal, dcaptured, *into),
             batch * groups,
-            serial=length * d_inner * d_state * batch < 65536,
+            serial=x.numel() * d_state < SERIAL_BELOW,
         )
         grads = [
             grad_x,

@@ -257,9 +257,7 @@ def backward(
                             g = gate[b, t, e0 + i]
                             sig = _sigmoid(g)
                             dy_t[i] = dy[b, t, e0 + i] * g * sig
-                            grad_gate[b, t, e0 + i] = (
-                                dy[b, t, e0 + i] * acc[i] * sig * (one + g * (one - sig))
-                            )
+                            grad_gate[b, t, e0 + i] = dy[b, t, e0 + i] * acc[i] * sig * (one + g * (one - sig))
                     else:
                         for i in range(LANES):
                             dy_t[i] = dy[b, t, e0 + i]
@@ -287,13 +285,13 @@ def backward(
                     for n in range(N):
                         B_tn = B[b, t, n]
                         for i in range(LANES):
-                            l = lam[k, n, i]
-                            carried = l * decay[s, n, i]
+                            adjoint = lam[k, n, i]
+                            carried = adjoint * decay[s, n, i]
                             into_exponent = carried * h[s, n, i]
                             acc_A[k, n, i] += into_exponent * dt[b, t, e0 + i]
                             acc_dt[i] += into_exponent * a_lane[n, i]
-                            acc_u[i] += l * B_tn
-                            lanes_B[s, n, i] += l * write[i]
+                            acc_u[i] += adjoint * B_tn
+                            lanes_B[s, n, i] += adjoint * write[i]
                             lam[k, n, i] = carried
                     for i in range(LANES):
                         grad_x[b, t, e0 + i] = acc_u[i] * dt[b, t, e0 + i] + dy_t[i] * D[e0 + i]

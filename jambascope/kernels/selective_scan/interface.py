@@ -15,7 +15,7 @@ class StateEdits(NamedTuple):
     later position, and gradients flow through both fields.
     """
 
-    positions: Int[torch.Tensor, "edit"]
+    positions: Int[torch.Tensor, edit]
     """Positions within this call, ascending and distinct."""
     scale: Float[torch.Tensor, "batch d_inner edit d_state"]
     shift: Float[torch.Tensor, "batch d_inner edit d_state"]
