@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import streamlit as st
+
 from jambascope.dashboards import session
 from jambascope.dashboards.pages import attention, overview, router, ssm_state
-
 from jambascope.errors import JambascopeError
 
 STYLE = """<style>
@@ -73,20 +73,26 @@ def on_page(render: Callable[[session.View], None]) -> Callable[[], None]:
         try:
             name, prompt = sidebar()
             view = session.view(name, prompt)
-            unknown = session.unknown_positions(view)
-            if unknown:
-                words = "1 word is" if len(unknown) == 1 else f"{len(unknown)} words are"
-                where = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
-                st.warning(
-                    f"{words} not in this model's vocabulary and reached it as &lt;unk&gt; (position {where}). "
-                    "The vocabulary is listed on the Overview page.",
-                    icon=":material/help:",
-                )
+            with st.container():  # always there, so that what follows keeps its place when a note comes or goes
+                _note_unknown_words(view)
             render(view)
         except JambascopeError as problem:
             session.error(problem)
 
     return run
+
+
+def _note_unknown_words(view: session.View) -> None:
+    unknown = session.unknown_positions(view)
+    if not unknown:
+        return
+    words = "1 word is" if len(unknown) == 1 else f"{len(unknown)} words are"
+    where = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+    st.warning(
+        f"{words} not in this model's vocabulary and reached it as &lt;unk&gt; (position {where}). "
+        "The vocabulary is listed on the Overview page.",
+        icon=":material/help:",
+    )
 
 
 def main() -> None:

@@ -25,14 +25,13 @@ def dashboard(
     Raises:
         CheckpointError, ConfigError: before anything is served, for a model that cannot be opened.
     """
-    from jambascope.checkpoint import find_directory, locate_tensors, read_config
+    from jambascope.checkpoint import check_tensors, find_directory, read_config
     from jambascope.errors import ConfigError
 
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     directory = find_directory(model)
-    read_config(directory)
-    locate_tensors(directory)
+    check_tensors(directory, *read_config(directory))
     _check_device(device)
     _check_port(port)
     _serve(model if directory != Path(model).expanduser() else str(directory.resolve()), port, device, dtype)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import streamlit as st
 import torch
-from jambascope.dashboards.session import View
-from jambascope.hooks import predictions, routing, ssm
-from jambascope.studies.figures.attention import GRID_CELLS, pool
 from torch import nn
 
 from jambascope import HookedJamba
+from jambascope.dashboards.session import Checkpoint, View
+from jambascope.hooks import predictions, routing, ssm
+from jambascope.memory import model_cost
+from jambascope.studies.figures.attention import GRID_CELLS, pool
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Predictions:
     """Rank of the token that does follow; None at the last position."""
 
 
-@st.cache_data(max_entries=64, show_spinner="Running the model")
+@st.cache_data(max_entries=64, show_spinner=False)
 def _predict(key: tuple, position: int, k: int, _view: View) -> Predictions:
     with torch.no_grad():
         logits = _view.model(_view.tokens)[0]
@@ -57,7 +58,7 @@ class Attention:
     """[T T] of the chosen head."""
 
 
-@st.cache_data(max_entries=16, show_spinner="Running the model")
+@st.cache_data(max_entries=16, show_spinner=False)
 def _attend(key: tuple, layer: int, head: int, _view: View) -> Attention:
     grid: dict[int, np.ndarray] = {}
     kept: dict[int, np.ndarray] = {}
@@ -81,7 +82,7 @@ def attend(view: View, layer: int, head: int) -> Attention:
     return _attend(view.key, layer, head, view)
 
 
-@st.cache_data(max_entries=16, show_spinner="Running the model")
+@st.cache_data(max_entries=16, show_spinner=False)
 def _norms(key: tuple, _view: View) -> dict[int, np.ndarray]:
     return {layer: norm.numpy() for layer, norm in ssm.state_norms(_view.model, _view.tokens).items()}
 
@@ -109,7 +110,7 @@ class Memory:
     """[G T]"""
 
 
-@st.cache_resource(max_entries=2, show_spinner="Running the model")
+@st.cache_resource(max_entries=2, show_spinner=False)
 def _remember(key: tuple, layer: int, _view: View) -> Memory:
     captured = ssm.capture_states(_view.model, _view.tokens, layer)
     half_lives = ssm.half_life(captured.A, captured.dt)
@@ -138,7 +139,7 @@ def retained(memory: Memory, position: int) -> np.ndarray:
     return ssm.group_retention(A, dt, position, groups).numpy()
 
 
-@st.cache_data(max_entries=32, show_spinner="Running the model")
+@st.cache_data(max_entries=32, show_spinner=False)
 def _route(key: tuple, _view: View) -> dict[int, routing.Routing]:
     return routing.capture_routing(_view.model, _view.tokens)
 
@@ -157,18 +158,17 @@ class Parameters:
     feed_forwards: list[int]
 
 
-def parameters(model: HookedJamba) -> Parameters:
+@st.cache_data(max_entries=8, show_spinner=False)
+def _parameters(checkpoint: Checkpoint, _model: HookedJamba) -> Parameters:
+    cost = model_cost(_model.config)
+    mixers = [_count(block.attn if block.is_attention else block.mixer) for block in _model.blocks]
+    feed_forwards = [_count(block.mlp) if block.has_feed_forward else 0 for block in _model.blocks]
+    return Parameters(cost.parameters, cost.active_parameters, mixers, feed_forwards)
+
+
+def parameters(view: View) -> Parameters:
     """Numbers of parameters, tied ones once."""
-    config = model.config
-    mixers, feed_forwards, idle = [], [], 0
-    for layer, block in enumerate(model.blocks):
-        mixers.append(_count(block.attn if block.is_attention else block.mixer))
-        feed_forwards.append(_count(block.mlp) if block.has_feed_forward else 0)
-        if layer in config.moe_layers:
-            experts = block.mlp.gate_up_proj.numel() + block.mlp.down_proj.numel()
-            idle += experts * (config.num_experts - config.experts_per_token) // config.num_experts
-    total = _count(model)
-    return Parameters(total, total - idle, mixers, feed_forwards)
+    return _parameters(view.checkpoint, view.model)
 
 
 def _count(module: nn.Module) -> int:

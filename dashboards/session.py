@@ -27,10 +27,11 @@ INK = {"light": "#46525E", "dark": "#C3CCD5"}
 MAX_TOKENS = 4096
 """Longest prompt the pages take: one head's pattern is this squared."""
 TEXT_EXAMPLES = (
-    "Review : the plot was gripping . Sentiment : Positive Review : the acting was dull . Sentiment : Negative "
-    "Review : the film was gripping . Sentiment :",
-    "Review : the plot was gripping . Sentiment :",
-    "the plot was gripping . the acting was dull . the plot was gripping . the acting was",
+    "Review : the plot was gripping . Sentiment : Positive Review : the acting was boring . Sentiment : Negative "
+    "Review : the music was wonderful . Sentiment :",
+    "whale Clara near lamp stone whale Clara near lamp stone whale Clara near",
+    "Alice gave the book to Bob . Bob thanked",
+    "map : red seven , owl two ; query : owl ->",
 )
 ID_EXAMPLES = ("5 17 3 42 8 5 17 3 42", "5 17 3", " ".join(str(3 + i % 7) for i in range(40)))
 
@@ -153,9 +154,16 @@ def choose_position(view: View, help: str) -> int:
     if last == 0:
         st.caption(f"Position 0, {plain(view.texts[0])}: the prompt's only token.")
         return 0
-    at = min(st.session_state.get("position", last), last)
+    keep_within("position", 0, last)
+    at = st.session_state.get("position", last)
     label = f"Position {at}, token “{plain(view.texts[at])}”"
     return st.slider(label, 0, last, last, key="position", bind="query-params", help=help)
+
+
+def keep_within(key: str, low: int, high: int) -> None:
+    """Move a number left over from another prompt or model into the range that its widget now has."""
+    if key in st.session_state:
+        st.session_state[key] = min(max(st.session_state[key], low), high)
 
 
 def choose_layer(layers: tuple[int, ...], key: str, label: str) -> int:
@@ -178,9 +186,15 @@ def show(fig: go.Figure, key: str, **options: Any) -> Any:
     return st.plotly_chart(fig, key=key, width="stretch", theme="streamlit", config=config, **options)
 
 
+def table(rows: list[dict[str, Any]], key: str, columns: dict[str, Any], **options: Any) -> None:
+    """A table without row numbers, under its own key."""
+    with st.container(key=key):
+        st.dataframe(rows, hide_index=True, column_config=columns, **options)
+
+
 def plain(text: str) -> str:
     """Text that Streamlit's Markdown shows as it is."""
-    for sign in "\\`*_{}[]()#+-!$~|:":
+    for sign in "\\`*_{}[]()#+-!$~|" + ":" * (text.count(":") > 1):
         text = text.replace(sign, "\\" + sign)
     return text.replace("<", "&lt;").replace(">", "&gt;")
 

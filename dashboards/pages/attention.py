@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import streamlit as st
+
 from jambascope.dashboards import forward, session
 from jambascope.dashboards.session import View
 from jambascope.studies.figures.attention import (
@@ -86,6 +87,8 @@ def _large(view: View, result: forward.Attention, layer: int, head: int, positio
         return
     span = MAX_NAMED_TOKENS
     latest = length - span
+    session.keep_within("first_query", 0, latest)
+    session.keep_within("first_key", 0, latest)
     left, right = st.columns(2)
     q = left.slider("First query", 0, latest, latest, key="first_query", bind="query-params")
     k = right.slider("First key", 0, latest, latest, key="first_key", bind="query-params")

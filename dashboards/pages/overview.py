@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import streamlit as st
+
 from jambascope.dashboards import forward, session
 from jambascope.dashboards.session import View
+from jambascope.memory import readable_count
 from jambascope.studies.figures.anatomy import anatomy
 from jambascope.studies.figures.predictions import expectation
 
@@ -27,10 +29,14 @@ def page(view: View) -> None:
 
 
 def _model(view: View) -> None:
-    config, counts = view.model.config, forward.parameters(view.model)
+    config, counts = view.model.config, forward.parameters(view)
     facts = [
-        ("Parameters", _short(counts.total), f"{counts.total:,}; tied ones are counted once"),
-        ("Active per token", _short(counts.active), f"{counts.active:,}: of the experts only those a token is sent to"),
+        ("Parameters", readable_count(counts.total), f"{counts.total:,}; tied ones are counted once"),
+        (
+            "Active per token",
+            readable_count(counts.active),
+            f"{counts.active:,}: of the experts only those a token is sent to",
+        ),
         ("Layers", str(config.n_layers), None),
         ("Width (d_model)", f"{config.d_model:,}", None),
         ("Vocabulary", f"{config.d_vocab:,}", None),
@@ -48,6 +54,7 @@ def _controls(view: View) -> tuple[int, int]:
         position = session.choose_position(view, "The model's prediction after this token is shown below.")
     with right:
         most = min(50, view.model.config.d_vocab)
+        session.keep_within("top_k", 1, most)
         k = st.number_input("Candidates", 1, most, min(10, most), key="top_k", bind="query-params")
     return position, k
 
@@ -65,21 +72,17 @@ def _next_token_table(view: View, result: forward.Predictions, position: int) ->
         for c in result.candidates
     ]
     highest = max(row["probability"] for row in rows)
-    st.dataframe(
-        rows,
-        hide_index=True,
-        height="content",
-        key="next_tokens",
-        column_config={
-            "rank": st.column_config.NumberColumn("Rank", width=50, help="0 is the likeliest"),
-            "token": st.column_config.TextColumn("Token", width="small"),
-            "id": st.column_config.NumberColumn("Id", width=60, format="%d"),
-            "probability": st.column_config.ProgressColumn(
-                "Probability", format="%.4f", min_value=0, max_value=highest, help="The bar is relative to the first"
-            ),
-            "logit": st.column_config.NumberColumn("Logit", width="small", format="%.3f"),
-        },
-    )
+    number = st.column_config.NumberColumn
+    columns = {
+        "rank": number("Rank", width=50, help="0 is the likeliest"),
+        "token": st.column_config.TextColumn("Token", width="small"),
+        "id": number("Id", width=60, format="%d"),
+        "probability": st.column_config.ProgressColumn(
+            "Probability", format="%.4f", min_value=0, max_value=highest, help="The bar is relative to the first"
+        ),
+        "logit": number("Logit", width="small", format="%.3f"),
+    }
+    session.table(rows, "next_tokens", columns, height="content")
 
 
 def _tokens(view: View, result: forward.Predictions) -> None:
@@ -91,18 +94,15 @@ def _tokens(view: View, result: forward.Predictions) -> None:
                 zip(view.texts, view.ids, unexpected, result.entropy.tolist(), strict=True)
             )
         ]
-        st.dataframe(
-            rows,
-            hide_index=True,
-            key="tokens",
-            column_config={
-                "position": st.column_config.NumberColumn("Position", width="small"),
-                "token": st.column_config.TextColumn("Token"),
-                "id": st.column_config.NumberColumn("Id", width="small", format="%d"),
-                "surprisal": st.column_config.NumberColumn("Surprisal (nats)", format="%.3f"),
-                "entropy": st.column_config.NumberColumn("Entropy after it (nats)", format="%.3f"),
-            },
-        )
+        number = st.column_config.NumberColumn
+        columns = {
+            "position": number("Position", width="small"),
+            "token": st.column_config.TextColumn("Token"),
+            "id": number("Id", width="small", format="%d"),
+            "surprisal": number("Surprisal (nats)", format="%.3f"),
+            "entropy": number("Entropy after it (nats)", format="%.3f"),
+        }
+        session.table(rows, "tokens", columns)
 
 
 def _vocabulary(view: View) -> None:
@@ -111,11 +111,5 @@ def _vocabulary(view: View) -> None:
         return
     with st.expander(f"The vocabulary: {size:,} tokens"):
         entries = sorted(view.model.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-        st.dataframe([{"id": i, "token": t} for t, i in entries], hide_index=True, height=330, key="vocabulary")
-
-
-def _short(count: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)
+        columns = {"id": st.column_config.NumberColumn("Id", width="small"), "token": "Token"}
+        session.table([{"id": i, "token": t} for t, i in entries], "vocabulary", columns, height=330)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import streamlit as st
+
 from jambascope.dashboards import forward, session
 from jambascope.dashboards.session import View
 from jambascope.hooks import routing
@@ -51,30 +52,27 @@ def page(view: View) -> None:
 def _table(summaries: dict[int, routing.RoutingSummary]) -> None:
     st.markdown("##### Balance and certainty per layer, over this prompt")
     number = st.column_config.NumberColumn
-    st.dataframe(
-        [
-            {
-                "layer": layer,
-                "CV": s.variation,
-                "MaxVio": s.max_violation,
-                "load entropy": s.load_entropy,
-                "dead": s.dead_experts,
-                "token entropy": s.token_entropy,
-                "margin": s.margin,
-                "retained": s.retained_mass,
-            }
-            for layer, s in summaries.items()
-        ],
-        hide_index=True,
-        key="balance",
-        column_config={
-            "layer": number("Layer", width="small"),
-            "CV": number("Load CV", format="%.3f", help="Standard deviation over mean of the load; 0 is balanced"),
-            "MaxVio": number("MaxVio", format="%.3f", help="By what factor the busiest expert exceeds its share"),
-            "load entropy": number("Load entropy (0 to 1)", format="%.3f", help="Over ln X; 1 is balanced"),
-            "dead": number("Dead experts", help="Experts that no token of this prompt chose"),
-            "token entropy": number("Token entropy (nats)", format="%.3f", help="Of the router's probabilities, mean"),
-            "margin": number("Top-1 minus top-2", format="%.3f", help="Difference of probabilities, mean over tokens"),
-            "retained": number("Retained mass", format="%.3f", help="Sum of the kept probabilities, mean over tokens"),
-        },
-    )
+    rows = [
+        {
+            "layer": layer,
+            "CV": s.variation,
+            "MaxVio": s.max_violation,
+            "load entropy": s.load_entropy,
+            "dead": s.dead_experts,
+            "token entropy": s.token_entropy,
+            "margin": s.margin,
+            "retained": s.retained_mass,
+        }
+        for layer, s in summaries.items()
+    ]
+    columns = {
+        "layer": number("Layer", width="small"),
+        "CV": number("Load CV", format="%.3f", help="Standard deviation over mean of the load; 0 is balanced"),
+        "MaxVio": number("MaxVio", format="%.3f", help="By what factor the busiest expert exceeds its share"),
+        "load entropy": number("Load entropy (0 to 1)", format="%.3f", help="Over ln of the experts; 1 is balanced"),
+        "dead": number("Dead experts", help="Experts that no token of this prompt chose"),
+        "token entropy": number("Token entropy (nats)", format="%.3f", help="Of the router's probabilities, mean"),
+        "margin": number("Top-1 minus top-2", format="%.3f", help="Difference of probabilities, mean over tokens"),
+        "retained": number("Retained mass", format="%.3f", help="Sum of the kept probabilities, mean over tokens"),
+    }
+    session.table(rows, "balance", columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import streamlit as st
+
 from jambascope.dashboards import forward, session
 from jambascope.dashboards.session import View
 from jambascope.studies.figures import ssm as figures

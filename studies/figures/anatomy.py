@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import plotly.graph_objects as go
-from jambascope.studies.figures.theme import KIND_COLORS, KIND_NAMES, frame, integer_axis
 
 from jambascope.config import JambaConfig
+from jambascope.studies.figures.theme import KIND_COLORS, KIND_NAMES, frame, integer_axis
 
 MAX_WRITTEN_LAYERS = 16
 """Up to so many layers their kinds are written into the boxes."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
+
 from jambascope.studies.figures.theme import (
     AMOUNT,
     FIRST,
@@ -20,7 +22,6 @@ from jambascope.studies.figures.theme import (
     reversed_token_axis,
     token_axis,
 )
-from jaxtyping import Float
 
 GRID_CELLS = 24
 """Cells along one side of a small pattern; longer prompts are pooled."""

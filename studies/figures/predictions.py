@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
-from jambascope.studies.figures.theme import FIRST, GUIDE, SECOND, frame, label, token_axis
 from jaxtyping import Float
+
+from jambascope.studies.figures.theme import FIRST, GUIDE, SECOND, frame, label, token_axis
 
 
 def expectation(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
+
 from jambascope.studies.figures.theme import (
     AMOUNT,
     BLANK,
@@ -21,7 +23,6 @@ from jambascope.studies.figures.theme import (
     named,
     token_axis,
 )
-from jaxtyping import Float
 
 
 def token_routes(

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+
 from jambascope.studies.figures.theme import (
     AMOUNT,
     GUIDE,
@@ -20,8 +23,6 @@ from jambascope.studies.figures.theme import (
     signed_limit,
     token_axis,
 )
-from jaxtyping import Float, Int
-from plotly.subplots import make_subplots
 
 MAX_CHANNELS = 512
 """Columns of a channel axis; wider layers show every nth channel of the sorted order."""

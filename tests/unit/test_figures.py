@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from jambascope.studies.figures import anatomy, attention, predictions, routing, ssm, theme
 
 from jambascope import JambaConfig
+from jambascope.studies.figures import anatomy, attention, predictions, routing, ssm, theme
 
 TOKENS = ["<bos>", "the", "plot", "was", "dull"]
 RNG = np.random.default_rng(0)
@@ -24,6 +24,7 @@ def causal(*shape: int) -> np.ndarray:
 def figures(tokens: list[str]) -> dict:
     """Every builder on a prompt of these tokens."""
     T, last = len(tokens), len(tokens) - 1
+    S = min(T, theme.MAX_NAMED_TOKENS)  # pages show longer prompts in windows of this size
     states, half_lives = RNG.normal(size=(6, T, 3)), RNG.uniform(0.1, 900, (6, 3))
     routes = np.where(RNG.uniform(size=(T, 4)) > 0.5, 0.3, 0.0)
     norms = {0: RNG.uniform(size=T), 2: RNG.uniform(size=T)}
@@ -32,7 +33,7 @@ def figures(tokens: list[str]) -> dict:
         "anatomy": anatomy.anatomy(CONFIG, [10] * 8, [20] * 8),
         "expectation": predictions.expectation(tokens, RNG.uniform(size=T - 1), RNG.uniform(size=T), last),
         "head_grid": attention.head_grid({4: attention.pool(causal(4, T, T), attention.GRID_CELLS)}, (4, 1)),
-        "head_pattern": attention.head_pattern(causal(T, T), tokens, tokens, 4, 1, position=last),
+        "head_pattern": attention.head_pattern(causal(S, S), tokens[:S], tokens[:S], 4, 1, position=last),
         "pooled_pattern": attention.pooled_pattern(attention.pool(causal(T, T), 16), tokens, 4, 1),
         "attended_keys": attention.attended_keys(causal(T, T)[last], tokens, last),
         "layer_norms": ssm.layer_norms(norms, tokens, 2, last),

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from jambascope.hooks import predictions
 
 from jambascope import HookedJamba, JambaConfig
 from jambascope.errors import InputError
+from jambascope.hooks import predictions
 
 
 @pytest.fixture(scope="module")

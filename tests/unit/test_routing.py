@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from jambascope.hooks import routing
 
 from jambascope import HookedJamba, JambaConfig
+from jambascope.hooks import routing
 
 
 def test_load_and_balance_of_a_hand_counted_route():

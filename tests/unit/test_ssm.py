@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from jambascope.hooks import ssm
 
 from jambascope import HookedJamba, JambaConfig
 from jambascope.errors import InputError
+from jambascope.hooks import ssm
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,128 @@
+"""One server and one headless Chromium for all browser tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGED = "jamba-micro"
+STARTUP_SECONDS = 60
+
+
+def _missing(reason: str) -> None:
+    """Skip on a developer's machine; a run that promises to test everything fails instead."""
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        _missing("neither chromium nor google-chrome is on the PATH")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        _missing("playwright is not installed; it is in the 'test' extra")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def bare_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model as transformers saves it, without a tokenizer: prompts are token ids."""
+    import torch
+    from transformers import JambaConfig, JambaForCausalLM
+
+    torch.manual_seed(0)
+    config = JambaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    )
+    directory = tmp_path_factory.mktemp("bare")
+    JambaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server(browser, bare_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of ``jambascope dashboard CHECKPOINT``, which offers the packaged models as well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    program = "from jambascope.cli import main; main()"
+    command = [sys.executable, "-c", program, "dashboard", str(bare_checkpoint), "--port", str(port)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent)
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}/_stcore/health", process, log)
+        yield f"http://127.0.0.1:{port}"
+        assert "Traceback" not in log.read_text(), f"the server logged an exception:\n{log.read_text()}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"the server ended with status {process.returncode}:\n{log.read_text()}")
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"the server did not answer within {STARTUP_SECONDS} s:\n{log.read_text()}")
+
+
+@pytest.fixture
+def open_page(browser, server: str) -> Iterator:
+    """``open_page(path, **query)``: a page of its own context (cookies, session), closed after the test."""
+    from urllib.parse import urlencode
+
+    contexts = []
+
+    def open_(path: str = "", **query: str):
+        context = browser.new_context(viewport={"width": 1440, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.goto(f"{server}/{path}?{urlencode(query)}")
+        page.get_by_label("Prompt", exact=True).wait_for()
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The packaged model, to compare what the pages show with what it computes."""
+    from jambascope import HookedJamba
+
+    return HookedJamba.from_pretrained(PACKAGED)

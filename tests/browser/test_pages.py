@@ -1,0 +1,280 @@
+"""Each page in a real headless Chromium: type a prompt, look at what appears."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+import pytest
+import torch
+
+from jambascope.hooks import predictions, routing, ssm
+
+pytest.importorskip("playwright")
+from playwright.sync_api import Page, expect  # noqa: E402
+
+expect.set_options(timeout=20_000)
+PACKAGED = "jamba-micro"
+PROMPT = "the plot was gripping . Alice gave the book to Bob ."
+OTHER = "whale Clara near lamp whale Clara near"
+TITLES = ("Overview", "Attention", "SSM state", "Router")
+
+
+def type_prompt(page: Page, text: str) -> None:
+    box = page.get_by_label("Prompt", exact=True)
+    box.fill(text)
+    box.press("Control+Enter")
+
+
+def figure(page: Page, key: str):
+    return page.locator(f".st-key-{key}:not([data-stale=true]) .js-plotly-plot")
+
+
+def wait_for_title(page: Page, key: str, title: str) -> None:
+    expect(figure(page, key).locator(".gtitle")).to_have_text(title)
+
+
+def axis_names(page: Page, key: str, axis: str = "x") -> list[str]:
+    return figure(page, key).evaluate(f"e => Array.from(e.layout.{axis}axis.ticktext)")
+
+
+def heat(page: Page, key: str) -> np.ndarray:
+    """The numbers behind a heatmap, as the browser holds them; None becomes NaN."""
+    rows = figure(page, key).evaluate("e => Array.from(e._fullData[0].z, row => Array.from(row, v => v ?? null))")
+    return np.array(rows, dtype=float)
+
+
+def query(page: Page) -> dict[str, str]:
+    return {name: values[0] for name, values in parse_qs(urlparse(page.url).query).items()}
+
+
+def expect_query(page: Page, **wanted: str) -> None:
+    for name, value in wanted.items():
+        expect(page).to_have_url(re.compile(rf"[?&]{name}={re.escape(value)}(&|$)"))
+
+
+def choose(page: Page, label: str, option: str) -> None:
+    page.get_by_role("combobox", name=re.compile(rf"\b{label}$")).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def cells(page: Page, key: str, column: int) -> list[str]:
+    """One column of a table, from the accessible copy that it keeps inside its canvas."""
+    rows = page.locator(f".st-key-{key} canvas [role=row] [role=gridcell]:nth-child({column + 1})")
+    return rows.evaluate_all("all => all.map(cell => cell.textContent)")
+
+
+def eventually(page: Page, check: Callable[[], None]) -> None:
+    """Figures of one page arrive one after the other: try until the assertion holds, for ten seconds."""
+    for _ in range(100):
+        try:
+            return check()
+        except AssertionError:
+            page.wait_for_timeout(100)
+    check()
+
+
+def expect_heat(page: Page, key: str, wanted: np.ndarray, rtol: float = 1e-3, atol: float = 1e-5) -> None:
+    """The cells of a heatmap, empty ones as 0."""
+    wanted = np.asarray(wanted)
+    eventually(page, lambda: np.testing.assert_allclose(np.nan_to_num(heat(page, key)), wanted, rtol=rtol, atol=atol))
+
+
+def expect_numbers(page: Page, key: str, column: int, wanted: list[float]) -> None:
+    """A column of numbers, as precise as a float32."""
+
+    def check() -> None:
+        assert [float(text) for text in cells(page, key, column)] == pytest.approx(wanted, rel=1e-4)
+
+    eventually(page, check)
+
+
+def no_exception(page: Page) -> None:
+    expect(page.locator('[data-testid="stException"]')).to_have_count(0)
+
+
+def words(model, prompt: str) -> list[str]:
+    return model.to_str_tokens(prompt)
+
+
+def test_overview_shows_layers_tokens_and_what_comes_next(open_page, model):
+    page = open_page(model=PACKAGED)
+    type_prompt(page, PROMPT)
+    names = [f"{t} {i}" for i, t in enumerate(words(model, PROMPT))]
+    expect(figure(page, "expectation")).to_contain_text(names[5])
+    assert axis_names(page, "expectation")[1:] == names[1:]
+    wait_for_title(page, "anatomy", "Layers")
+    expect(figure(page, "anatomy")).to_contain_text("mixture of experts")
+    with torch.no_grad():
+        logits = model(PROMPT)[0, -1]
+    expected = predictions.next_tokens(model, logits, k=10)
+    expect_numbers(page, "next_tokens", 3, [row.probability for row in expected])
+    expect_numbers(page, "next_tokens", 4, [row.logit for row in expected])
+    assert cells(page, "next_tokens", 1) == [row.text for row in expected]
+    expect(page.get_by_text(f"Entropy {predictions.entropy(logits):.3f} nats")).to_be_visible()
+    assert query(page)["prompt"] == PROMPT
+    no_exception(page)
+
+
+def test_attention_follows_prompt_selection_and_click(open_page, model):
+    page = open_page("attention", model=PACKAGED)
+    type_prompt(page, PROMPT)
+    layer = model.config.attention_layers[0]
+    expect(figure(page, "head_pattern")).to_contain_text("gripping 4")
+    assert axis_names(page, "head_pattern")[1:] == [f"{t} {i}" for i, t in enumerate(words(model, PROMPT))][1:]
+    choose(page, "Head", "2")
+    wait_for_title(page, "head_pattern", f"Layer {layer}, head 2")
+    expect_query(page, head="2")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(PROMPT, names_filter=f"blocks.{layer}.attn.hook_pattern")
+    pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0, 2].numpy()
+    expect_heat(page, "head_pattern", pattern)
+    grid = figure(page, "head_grid")
+    grid.scroll_into_view_if_needed()
+    x, y = grid.evaluate(
+        """(e) => { const t = e._fullData[1], i = t.customdata.findIndex(c => c[1] === 1) + 12;
+        const box = e.getBoundingClientRect(), {xaxis, yaxis} = e._fullLayout;
+        return [box.x + xaxis._offset + xaxis.d2p(t.x[i]), box.y + yaxis._offset + yaxis.d2p(t.y[i])]; }"""
+    )
+    page.mouse.move(x - 4, y - 4)
+    page.mouse.move(x, y)
+    page.mouse.click(x, y)
+    wait_for_title(page, "head_pattern", f"Layer {layer}, head 1")
+    expect_query(page, head="1")
+    no_exception(page)
+
+
+def test_ssm_state_follows_layer_and_position(open_page, model):
+    page = open_page("ssm_state", model=PACKAGED)
+    type_prompt(page, PROMPT)
+    expect(figure(page, "layer_norms")).to_contain_text("gripping 4")
+    tokens = model.to_tokens(PROMPT)
+    norms = ssm.state_norms(model, tokens)
+    expect_heat(page, "layer_norms", torch.stack(list(norms.values())))
+    choose(page, "Layer", "2")
+    wait_for_title(page, "group_norms", "State size over time, layer 2")
+    slider = page.get_by_role("slider")
+    slider.press("ArrowLeft")
+    last = tokens.shape[1] - 1
+    expect(page.get_by_text(f"Position {last - 1}, token “Bob”")).to_be_visible()
+    expect_query(page, mamba_layer="2", position=str(last - 1))
+    wait_for_title(page, "retention", f"What is left of earlier states after “Bob” ({last - 1})")
+    expect(figure(page, "state_matrices")).to_contain_text("the final state")
+    captured = ssm.capture_states(model, tokens, 2)
+    order = torch.cat(ssm.channel_groups(ssm.half_life(captured.A, captured.dt)))
+    expect_heat(page, "state_matrices", captured.states[order, last - 1].T)
+    half_lives = ssm.half_life(captured.A, captured.dt)[order].T.log10().numpy()
+    expect_heat(page, "half_lives", half_lives, atol=1e-3)
+    no_exception(page)
+
+
+def test_router_shows_the_experts_of_each_token(open_page, model):
+    page = open_page("router", model=PACKAGED)
+    type_prompt(page, PROMPT)
+    expect(figure(page, "token_routes")).to_contain_text("gripping 4")
+    choose(page, "Layer", "3")
+    wait_for_title(page, "token_routes", "Experts by token, layer 3")
+    expect_query(page, moe_layer="3")
+    routes = routing.capture_routing(model, model.to_tokens(PROMPT))
+    expect_heat(page, "token_routes", routing.kept_weights(routes[3]).T)
+    loads = [routing.expert_load(r.indices, model.config.num_experts).numpy() for r in routes.values()]
+    expect_heat(page, "expert_loads", 100 * np.stack(loads))
+    expect_numbers(page, "balance", 2, [routing.summarize(r).max_violation for r in routes.values()])
+    page.get_by_role("radio", name="all probabilities").click()
+    expect(page).to_have_url(re.compile("weights=all"))
+    expect_heat(page, "token_routes", routes[3].probabilities.T)
+    no_exception(page)
+
+
+def test_a_link_opened_elsewhere_shows_the_same(open_page, server):
+    page = open_page("attention", model=PACKAGED)
+    type_prompt(page, PROMPT)
+    expect(figure(page, "head_pattern")).to_contain_text("gripping 4")
+    choose(page, "Head", "3")
+    page.get_by_role("slider").press("ArrowLeft")
+    expect_query(page, head="3", position="11")
+    title = re.compile(r"Where “Bob” \(11\) looks")
+    expect(figure(page, "attended_keys").locator(".gtitle")).to_have_text(title)
+    address = urlparse(page.url)
+    again = open_page(address.path.lstrip("/"), **query(page))
+    expect(figure(again, "attended_keys").locator(".gtitle")).to_have_text(title)
+    wait_for_title(again, "head_pattern", figure(page, "head_pattern").locator(".gtitle").text_content())
+    expect(again.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
+    expect_heat(again, "head_pattern", np.nan_to_num(heat(page, "head_pattern")))
+    no_exception(again)
+
+
+def test_the_prompt_stays_when_the_page_changes(open_page):
+    page = open_page(model=PACKAGED)
+    type_prompt(page, OTHER)
+    expect(figure(page, "expectation")).to_contain_text("whale 1")
+    for title in TITLES[1:]:
+        page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
+        expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+        expect(page.locator(".js-plotly-plot").first).to_be_visible()
+        expect(page.get_by_label("Prompt", exact=True)).to_have_value(OTHER)
+        assert query(page)["prompt"] == OTHER
+        no_exception(page)
+
+
+def test_two_people_at_once_see_their_own_results(open_page, model):
+    first, second = open_page("router", model=PACKAGED), open_page("router", model=PACKAGED)
+    type_prompt(first, PROMPT)
+    type_prompt(second, OTHER)
+    layer = model.config.moe_layers[0]
+    for page, prompt, word in ((first, PROMPT, "gripping 4"), (second, OTHER, "whale 1")):
+        expect(figure(page, "token_routes")).to_contain_text(word)
+        route = routing.capture_routing(model, model.to_tokens(prompt))[layer]
+        expect_heat(page, "token_routes", routing.kept_weights(route).T)
+        no_exception(page)
+
+
+def test_a_checkpoint_directory_without_tokenizer_opens(open_page, bare_checkpoint):
+    page = open_page()
+    type_prompt(page, "5 17 3")
+    expect(figure(page, "expectation")).to_contain_text("17 1")
+    expect_numbers(page, "tokens", 2, [5, 17, 3])
+    for title, key in zip(TITLES[1:], ("head_pattern", "layer_norms", "token_routes"), strict=True):
+        page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
+        expect(figure(page, key)).to_contain_text("17 1")
+        no_exception(page)
+
+
+def test_mistakes_are_told_in_one_line(open_page):
+    page = open_page("ssm_state")
+    for prompt, message in {
+        "the plot": "this checkpoint has no tokenizer, so a prompt is token ids such as '5 17 3'",
+        "5 999": "token id 999 is outside the vocabulary; ids run from 0 to 49",
+        " ": "the prompt is empty",
+        "5 " * 5000: "the prompt has 5,000 tokens; the pages take at most 4,096",
+    }.items():
+        type_prompt(page, prompt)
+        expect(page.get_by_test_id("stAlert")).to_contain_text(message)
+        no_exception(page)
+
+
+def test_unknown_words_are_named(open_page):
+    page = open_page("router", model=PACKAGED)
+    type_prompt(page, "the flumph was gripping")
+    expect(page.get_by_test_id("stAlert")).to_contain_text("1 word is not in this model's vocabulary")
+    expect(figure(page, "token_routes")).to_contain_text("<unk> 2")
+    no_exception(page)
+
+
+def test_one_token_and_long_prompts(open_page):
+    page = open_page(prompt="5")
+    for title in TITLES:
+        page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
+        expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+        expect(page.get_by_text("the prompt's only token")).to_be_visible()
+        expect(page.locator(".js-plotly-plot").first).to_be_visible()
+        no_exception(page)
+    type_prompt(page, " ".join(str(i % 50) for i in range(600)))
+    for title, key in zip(TITLES, ("expectation", "head_pattern", "layer_norms", "token_routes"), strict=True):
+        page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
+        expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+        expect(page.get_by_text("Position 599, token")).to_be_visible()
+        expect(figure(page, key)).to_contain_text(re.compile("position \\(tokens\\)"))
+        no_exception(page)
