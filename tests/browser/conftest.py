@@ -11,11 +11,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 
 PACKAGED = "jamba-micro"
 STARTUP_SECONDS = 60
+VIEWPORT = {"width": 1440, "height": 900}
 
 
 def _missing(reason: str) -> None:
@@ -99,25 +101,31 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"the server did not answer within {STARTUP_SECONDS} s:\n{log.read_text()}")
 
 
+@pytest.fixture(scope="session")
+def shared_context(browser) -> Iterator:
+    """One browser cache for all tests that need no other; Streamlit keeps a session per page all the same."""
+    context = browser.new_context(viewport=VIEWPORT)
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def open_page(browser, server: str) -> Iterator:
-    """``open_page(path, **query)``: a page of its own context (cookies, session), closed after the test."""
-    from urllib.parse import urlencode
+def open_page(browser, shared_context, server: str) -> Iterator:
+    """``open_page(path, **query)``, closed after the test; ``fresh=True``: as another person's browser would."""
+    closing = []
 
-    contexts = []
-
-    def open_(path: str = "", **query: str):
-        context = browser.new_context(viewport={"width": 1440, "height": 900})
-        contexts.append(context)
+    def open_(path: str = "", fresh: bool = False, **query: str):
+        context = browser.new_context(viewport=VIEWPORT) if fresh else shared_context
         page = context.new_page()
+        closing.append(context if fresh else page)
         page.set_default_timeout(20_000)
         page.goto(f"{server}/{path}?{urlencode(query)}")
         page.get_by_label("Prompt", exact=True).wait_for()
         return page
 
     yield open_
-    for context in contexts:
-        context.close()
+    for opened in closing:
+        opened.close()
 
 
 @pytest.fixture(scope="session")

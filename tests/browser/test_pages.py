@@ -198,7 +198,7 @@ def test_a_link_opened_elsewhere_shows_the_same(open_page, server):
     title = re.compile(r"Where “Bob” \(11\) looks")
     expect(figure(page, "attended_keys").locator(".gtitle")).to_have_text(title)
     address = urlparse(page.url)
-    again = open_page(address.path.lstrip("/"), **query(page))
+    again = open_page(address.path.lstrip("/"), fresh=True, **query(page))
     expect(figure(again, "attended_keys").locator(".gtitle")).to_have_text(title)
     wait_for_title(again, "head_pattern", figure(page, "head_pattern").locator(".gtitle").text_content())
     expect(again.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
@@ -220,7 +220,7 @@ def test_the_prompt_stays_when_the_page_changes(open_page):
 
 
 def test_two_people_at_once_see_their_own_results(open_page, model):
-    first, second = open_page("router", model=PACKAGED), open_page("router", model=PACKAGED)
+    first, second = (open_page("router", fresh=True, model=PACKAGED) for _ in range(2))
     type_prompt(first, PROMPT)
     type_prompt(second, OTHER)
     layer = model.config.moe_layers[0]

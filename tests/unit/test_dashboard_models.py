@@ -1,0 +1,100 @@
+"""Pages on models that lack a part, run without a browser: each says so instead of failing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from jambascope import HookedJamba, JambaConfig
+from jambascope.dashboards import command, session
+from jambascope.errors import CheckpointError, ConfigError
+
+APP = Path(session.__file__).with_name("app.py")
+SIZES = dict(d_model=16, d_vocab=20, d_inner=32, d_state=4, d_mlp=8, n_heads=2, n_key_value_heads=1, d_head=8)
+PURE = {
+    "mamba": JambaConfig(mixers=("mamba",) * 2, feed_forwards=("none",) * 2, **SIZES),
+    "attention": JambaConfig(mixers=("attention",) * 2, feed_forwards=("dense",) * 2, **SIZES),
+    "one expert": JambaConfig(mixers=("mamba", "attention"), feed_forwards=("moe",) * 2, num_experts=1, **SIZES),
+}
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch):
+    """``run_page(config, page)``: that page of the app on a random model, and what it shows."""
+
+    def run(config: JambaConfig, page: str, prompt: str = "5 17 3") -> AppTest:
+        torch.manual_seed(0)
+        HookedJamba(config).save_pretrained(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path)])
+        session.start.cache_clear()
+        lines = [
+            "from jambascope.dashboards import session",
+            f"from jambascope.dashboards.pages import {page} as page",
+            f"page.page(session.view({str(tmp_path)!r}, {prompt!r}))",
+        ]
+        return AppTest.from_string("\n".join(lines), default_timeout=60).run()
+
+    yield run
+    session.start.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "page", "message"),
+    [
+        ("mamba", "attention", "no attention layers"),
+        ("mamba", "router", "no mixture-of-experts layers"),
+        ("attention", "ssm_state", "no Mamba layers"),
+        ("attention", "router", "no mixture-of-experts layers"),
+    ],
+)
+def test_a_page_without_its_part_says_so(run_page, kind, page, message):
+    app = run_page(PURE[kind], page)
+    assert not app.exception
+    assert message in app.info[0].value
+
+
+@pytest.mark.parametrize("kind", PURE)
+@pytest.mark.parametrize("page", ["overview", "attention", "ssm_state", "router"])
+@pytest.mark.parametrize("prompt", ["5", "5 17 3"])
+def test_no_page_fails_on_any_kind_of_model(run_page, kind, page, prompt):
+    app = run_page(PURE[kind], page, prompt)
+    assert not app.exception
+    assert app.title
+
+
+def test_the_app_itself_starts_on_a_directory(tmp_path, monkeypatch):
+    HookedJamba(PURE["mamba"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path)])
+    session.start.cache_clear()
+    app = AppTest.from_file(APP, default_timeout=60).run()
+    session.start.cache_clear()
+    assert not app.exception and not app.error
+    assert app.sidebar.selectbox(key="model").value == str(tmp_path)
+    assert app.sidebar.text_area(key="prompt").value
+
+
+def test_the_command_refuses_before_it_serves(tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr(command, "_serve", lambda *arguments: served.append(arguments))
+    with pytest.raises(CheckpointError, match="neither a directory nor a packaged model"):
+        command.dashboard("no-such-model")
+    with pytest.raises(CheckpointError, match="config.json"):
+        command.dashboard(str(tmp_path))
+    HookedJamba(PURE["mamba"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="dtype='int3'"):
+        command.dashboard(str(tmp_path), dtype="int3")
+    with pytest.raises(ConfigError, match="device='nowhere'"):
+        command.dashboard(str(tmp_path), device="nowhere")
+    assert not served
+    command.dashboard(str(tmp_path), port=8765, dtype="bfloat16")
+    assert served == [(str(tmp_path.resolve()), 8765, None, "bfloat16")]
+
+
+@pytest.mark.parametrize("text", ["<unk>", "a*b_c", ":smile:", "$x$", "[l](u)", "# t"])
+def test_plain_text_is_not_markdown(text):
+    shown = session.plain(text)
+    assert not any(sign in shown.replace("\\" + sign, "") for sign in "<*_$[#")
