@@ -1,4 +1,4 @@
-"""The dashboard: ``streamlit run app.py -- --model DIR``, or ``jambascope dashboard DIR``."""
+"""The dashboard's frame: navigation, model, prompt. Start it with ``jambascope dashboard DIR``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from jambascope.dashboards import session
 from jambascope.dashboards.pages import attention, overview, router, ssm_state
 from jambascope.errors import JambascopeError
 
+# Text of figures takes the page's own colour, in either theme: Streamlit's grey for axes is too faint on white.
 STYLE = """<style>
+.js-plotly-plot .infolayer text, .js-plotly-plot :is(.xtick, .ytick) text {
+    fill: currentColor !important; fill-opacity: 0.82;
+}
+.js-plotly-plot .infolayer .gtitle {fill-opacity: 1;}
 [data-testid="stMainBlockContainer"] {padding-top: 2.6rem; padding-bottom: 3rem; max-width: 1500px;}
 [data-testid="stSidebarHeader"] {padding-bottom: 0; height: 2.5rem;}
 [data-testid="stMetricValue"] {font-size: 1.25rem;}

@@ -65,8 +65,12 @@ def _check_port(port: int) -> None:
 
 def _serve(model: str, port: int, device: str | None, dtype: str | None) -> None:
     """Run Streamlit in this process until interrupted; its settings lie beside the app in .streamlit/config.toml."""
+    from streamlit.runtime.pages_manager import PagesManager
     from streamlit.web import cli
 
+    # Streamlit takes a folder called pages for its older kind of multi-page app until st.navigation has been called
+    # once, and would answer a link to a page, as the server's first request, with that file alone: an empty page.
+    PagesManager.uses_pages_directory = False
     app = Path(__file__).parent / "app.py"
     arguments = ["run", str(app), "--server.port", str(port), "--", "--model", model]
     for option, value in (("--device", device), ("--dtype", dtype)):

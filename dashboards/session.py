@@ -22,8 +22,6 @@ from jambascope.checkpoint import find_directory
 from jambascope.errors import InputError, JambascopeError
 from jambascope.zoo import packaged_models
 
-INK = {"light": "#46525E", "dark": "#C3CCD5"}
-"""Text of axes: Streamlit's own grey is too faint on white."""
 MAX_TOKENS = 4096
 """Longest prompt the pages take: one head's pattern is this squared."""
 TEXT_EXAMPLES = (
@@ -78,7 +76,7 @@ class View:
 
 @cache
 def start() -> Start:
-    """The options after ``--`` in ``streamlit run app.py -- --model DIR``."""
+    """The options that the ``dashboard`` command passes on: ``streamlit run app.py -- --model DIR``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="jamba-micro")
     parser.add_argument("--device")
@@ -155,9 +153,15 @@ def choose_position(view: View, help: str) -> int:
         st.caption(f"Position 0, {plain(view.texts[0])}: the prompt's only token.")
         return 0
     keep_within("position", 0, last)
-    at = st.session_state.get("position", last)
+    at = st.session_state.get("position", _position_of_link(last))
     label = f"Position {at}, token “{plain(view.texts[at])}”"
     return st.slider(label, 0, last, last, key="position", bind="query-params", help=help)
+
+
+def _position_of_link(last: int) -> int:
+    """The position that the slider will take from the URL when it is made for the first time."""
+    asked = st.query_params.get("position", "")
+    return int(asked) if asked.isdecimal() and int(asked) <= last else last
 
 
 def keep_within(key: str, low: int, high: int) -> None:
@@ -174,14 +178,7 @@ def choose_layer(layers: tuple[int, ...], key: str, label: str) -> int:
 
 
 def show(fig: go.Figure, key: str, **options: Any) -> Any:
-    """A figure over the full width, with the axes' text as dark (or light) as the page's own."""
-    ink = INK[st.context.theme.type or "light"]
-    fig.update_xaxes(tickfont_color=ink, title_font_color=ink)
-    fig.update_yaxes(tickfont_color=ink, title_font_color=ink)
-    fig.update_layout(legend_font_color=ink, title_subtitle_font_color=ink)
-    bar = {"tickfont": {"color": ink}, "title": {"font": {"color": ink}}}
-    fig.update_traces(colorbar=bar, selector={"type": "heatmap"})
-    fig.update_coloraxes(colorbar=bar)
+    """A figure over the full width, its tool bar reduced to what is useful."""
     config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": key}}
     return st.plotly_chart(fig, key=key, width="stretch", theme="streamlit", config=config, **options)
 

@@ -113,6 +113,7 @@ def expert_loads(loads: dict[int, Float[np.ndarray, " X"]], choices: int, layer:
             text=text,
             colorscale=SHARE,
             zmin=0,
+            zmax=100 * float(z.max()),
             xgap=1,
             ygap=1,
             hovertemplate="%{text}<br>load %{z:.1f} %<extra></extra>",

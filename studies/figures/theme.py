@@ -49,7 +49,7 @@ def token_axis(tokens: Sequence[str], start: int = 0, title: str = "token (posit
     end = start + len(tokens)
     axis: dict = {"title": {"text": title}, "range": [start - 0.5, end - 0.5], "showgrid": False, "zeroline": False}
     if len(tokens) > MAX_NAMED_TOKENS:
-        axis["title"]["text"] = "position (tokens)"
+        axis["title"]["text"] = "position (tokens); drag to zoom in"
         return axis
     names = [label(t) for t in tokens]
     if len(tokens) <= 40:

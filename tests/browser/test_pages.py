@@ -99,6 +99,16 @@ def words(model, prompt: str) -> list[str]:
     return model.to_str_tokens(prompt)
 
 
+def test_a_link_to_a_page_as_the_first_request_of_a_server(open_page):
+    """Stands first in this file, so that the server has heard nothing before."""
+    page = open_page("ssm_state", prompt="5 17 3", position="1", mamba_layer="2")
+    expect(page.get_by_role("heading", name="SSM state", exact=True)).to_be_visible()
+    expect(page.get_by_text("Position 1, token “17”")).to_be_visible()
+    wait_for_title(page, "group_norms", "State size over time, layer 2")
+    expect(page.get_by_test_id("stSidebarNavLink")).to_have_text([re.compile(title) for title in TITLES])
+    no_exception(page)
+
+
 def test_overview_shows_layers_tokens_and_what_comes_next(open_page, model):
     page = open_page(model=PACKAGED)
     type_prompt(page, PROMPT)
