@@ -145,6 +145,14 @@ def unknown_positions(view: View) -> list[int]:
 
 # -- widgets that several pages show ---------------------------------------------------------------------------
 
+FULL, STRETCHED = "0 to 1", "stretched"
+
+
+def choose_scale(help: str) -> bool:
+    """Whether colours of weights are stretched over those shown instead of running from 0 to 1."""
+    options = {"default": FULL, "required": True, "key": "scale", "bind": "query-params", "help": help}
+    return st.segmented_control("Colour scale", (FULL, STRETCHED), **options) == STRETCHED
+
 
 def choose_position(view: View, help: str) -> int:
     """A slider over the prompt's positions, shared by all pages through the URL; the last position to begin with."""

@@ -18,7 +18,6 @@ from jambascope.studies.figures.attention import (
 from jambascope.studies.figures.theme import MAX_NAMED_TOKENS
 
 WHOLE, WINDOW = "whole prompt", "window"
-FULL, STRETCHED = "0 to 1", "stretched"
 
 
 def page(view: View) -> None:
@@ -37,14 +36,8 @@ def page(view: View) -> None:
     with middle:
         head = session.choose_layer(tuple(range(config.n_heads)), "head", "Head")
     with third:
-        scale = st.segmented_control(
-            "Colour scale",
-            (FULL, STRETCHED),
-            default=FULL,
-            required=True,
-            key="scale",
-            bind="query-params",
-            help="Of the large pattern. Stretched: it ends at the largest weight of queries with 8 keys or more.",
+        stretched = session.choose_scale(
+            "Of the large pattern. Stretched: it ends at the largest weight of queries with 8 keys or more."
         )
     with right:
         position = session.choose_position(view, "The query whose keys are listed beside the pattern.")
@@ -56,7 +49,7 @@ def page(view: View) -> None:
         st.caption(f"Heads share keys and values in groups of {shared}: head {head} reads pair {head // shared}.")
     left, right = st.columns([7, 4], gap="medium")
     with left:
-        limit = 1.0 if scale == FULL else stretched_limit(result.pattern)
+        limit = stretched_limit(result.pattern) if stretched else 1.0
         _large(view, result, layer, head, position, limit)
     with right:
         session.show(attended_keys(result.pattern[position], view.texts, position), "attended_keys")

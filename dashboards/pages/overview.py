@@ -61,11 +61,11 @@ def _controls(view: View) -> tuple[int, int]:
 
 def _next_token_table(view: View, result: forward.Predictions, position: int) -> None:
     after = session.plain(view.texts[position])
-    st.markdown(f"##### Next token after {position} · {after}")
+    st.markdown(f"##### Next token after “{after}” ({position})")
     follows = ""
     if result.next_rank is not None:
         came, surprisal = session.plain(view.texts[position + 1]), result.surprisal[position]
-        follows = f" The prompt goes on with {came}: rank {result.next_rank}, surprisal {surprisal:.3f} nats."
+        follows = f" The prompt goes on with “{came}”: rank {result.next_rank}, surprisal {surprisal:.3f} nats."
     st.caption(f"Entropy {result.entropy[position]:.3f} nats.{follows}")
     rows = [
         {"rank": c.rank, "token": c.text, "id": c.token_id, "probability": c.probability, "logit": c.logit}
@@ -78,7 +78,7 @@ def _next_token_table(view: View, result: forward.Predictions, position: int) ->
         "token": st.column_config.TextColumn("Token", width="small"),
         "id": number("Id", width=60, format="%d"),
         "probability": st.column_config.ProgressColumn(
-            "Probability", format="%.4f", min_value=0, max_value=highest, help="The bar is relative to the first"
+            "Probability", format="%.3g", min_value=0, max_value=highest, help="The bar is relative to the first"
         ),
         "logit": number("Logit", width="small", format="%.3f"),
     }

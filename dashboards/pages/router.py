@@ -21,19 +21,21 @@ def page(view: View) -> None:
             icon=":material/info:",
         )
         return
-    left, middle, right = st.columns([2, 3, 7], gap="medium")
+    left, middle, third, right = st.columns([2, 3, 3, 5], gap="medium")
     with left:
         layer = session.choose_layer(config.moe_layers, "moe_layer", "Layer")
     with middle:
         shown = st.segmented_control(
             "Weights", (CHOSEN, ALL), default=CHOSEN, required=True, key="weights", bind="query-params"
         )
+    with third:
+        stretched = session.choose_scale("Of router weights. Stretched: it ends at the largest weight shown.")
     with right:
         position = session.choose_position(view, "The token whose way through the layers is shown below.")
     routes = forward.route(view)
     summaries = {i: routing.summarize(route) for i, route in routes.items()}
     weights = {i: (routing.kept_weights(r) if shown == CHOSEN else r.probabilities).numpy() for i, r in routes.items()}
-    session.show(figures.token_routes(weights[layer], view.texts, layer, position), "token_routes")
+    session.show(figures.token_routes(weights[layer], view.texts, layer, position, stretched), "token_routes")
     left, right = st.columns(2, gap="medium")
     with left:
         choices = len(view.ids) * config.experts_per_token
@@ -41,7 +43,7 @@ def page(view: View) -> None:
         session.show(figures.expert_loads(loads, choices, layer), "expert_loads")
     with right:
         path = {i: w[position] for i, w in weights.items()}
-        session.show(figures.token_path(path, view.texts[position], position), "token_path")
+        session.show(figures.token_path(path, view.texts[position], position, stretched), "token_path")
     chosen = routes[layer]
     retained = routing.retained_mass(chosen.probabilities, chosen.indices).numpy()
     margin = routing.margin(chosen.probabilities).numpy()

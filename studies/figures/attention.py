@@ -157,8 +157,8 @@ def head_pattern(
     if position is not None and position in queries:
         _mark_row(fig, position, keys)
     frame(fig, f"Layer {layer}, head {head}", "each row sums to 1 over the keys at or before its query", height=660)
-    fig.update_xaxes(token_axis(key_tokens, key_start, "key token (position)"))
-    fig.update_yaxes(reversed_token_axis(query_tokens, query_start, "query token (position)"))
+    fig.update_xaxes(token_axis(key_tokens, key_start, "key token (position)", room=40))
+    fig.update_yaxes(reversed_token_axis(query_tokens, query_start, "query token (position)", room=50))
     return fig
 
 

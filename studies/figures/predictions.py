@@ -49,6 +49,6 @@ def expectation(
         fig.add_vline(x=position, line={"color": GUIDE, "width": 1.5, "dash": "dot"})
     mean = f"mean surprisal {np.mean(surprisal):.3f} nats" if len(at) else "a single token has no token before it"
     frame(fig, "How expected each token was", mean, height=430)
-    fig.update_xaxes(token_axis(tokens))
+    fig.update_xaxes(token_axis(tokens, room=45))
     fig.update_yaxes(title="nats", rangemode="tozero")
     return fig

@@ -26,13 +26,18 @@ from jambascope.studies.figures.theme import (
 
 
 def token_routes(
-    weights: Float[np.ndarray, "T X"], tokens: Sequence[str], layer: int, position: int | None = None
+    weights: Float[np.ndarray, "T X"],
+    tokens: Sequence[str],
+    layer: int,
+    position: int | None = None,
+    stretched: bool = False,
 ) -> go.Figure:
     """The weight that each token gave to each expert of one layer; experts it did not choose are left blank.
 
     Args:
         weights: router probability where chosen, 0 elsewhere (or all probabilities, to be shown whole).
         position: a position to mark.
+        stretched: colours end at the largest weight shown instead of 1.
     """
     experts = weights.shape[1]
     z = np.where(weights.T > 0, weights.T, np.nan)
@@ -43,7 +48,7 @@ def token_routes(
             text=text,
             colorscale=AMOUNT,
             zmin=0,
-            zmax=1,
+            zmax=float(weights.max()) if stretched else 1,
             xgap=1 if len(tokens) <= 100 else 0,
             ygap=1,
             hoverongaps=False,
@@ -62,11 +67,14 @@ def token_routes(
     return fig
 
 
-def token_path(weights: dict[int, Float[np.ndarray, " X"]], token: str, position: int) -> go.Figure:
+def token_path(
+    weights: dict[int, Float[np.ndarray, " X"]], token: str, position: int, stretched: bool = False
+) -> go.Figure:
     """The way of one token through all MoE layers.
 
     Args:
         weights: MoE layer -> weight given to each expert, 0 where not chosen.
+        stretched: colours end at the largest weight shown instead of 1.
     """
     layers = list(weights)
     z = np.stack([weights[i] for i in layers])
@@ -77,7 +85,7 @@ def token_path(weights: dict[int, Float[np.ndarray, " X"]], token: str, position
             text=text,
             colorscale=AMOUNT,
             zmin=0,
-            zmax=1,
+            zmax=float(z.max()) if stretched else 1,
             xgap=1,
             ygap=1,
             hoverongaps=False,

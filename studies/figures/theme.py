@@ -44,29 +44,39 @@ def named(text: str, position: int) -> str:
     return f"“{label(text)}” ({position})"
 
 
-def token_axis(tokens: Sequence[str], start: int = 0, title: str = "token (position)") -> dict:
-    """A Plotly axis over positions ``start..start + len(tokens)`` that names each token while they can be read."""
+def token_axis(
+    tokens: Sequence[str], start: int = 0, title: str = "token (position)", room: int = MAX_NAMED_TOKENS
+) -> dict:
+    """A Plotly axis over positions ``start..start + len(tokens)`` that names tokens while they can be read.
+
+    Args:
+        room: how many names the figure's width has place for; with more tokens every nth is named, as the title says.
+    """
     end = start + len(tokens)
     axis: dict = {"title": {"text": title}, "range": [start - 0.5, end - 0.5], "showgrid": False, "zeroline": False}
     if len(tokens) > MAX_NAMED_TOKENS:
         axis["title"]["text"] = "position (tokens); drag to zoom in"
         return axis
-    names = [label(t) for t in tokens]
-    if len(tokens) <= 40:
-        names = [f"{name} {position}" for position, name in enumerate(names, start)]
-    size = 11 if len(tokens) <= 40 else 9
+    step = -(-len(tokens) // room)
+    if step > 1:
+        axis["title"]["text"] = f"{title}, one in {step} named"
+    at = range(start, end, step)
+    few = len(at) <= 40
+    names = [f"{label(tokens[t - start])} {t}" if few else label(tokens[t - start]) for t in at]
     return axis | {
         "tickmode": "array",
-        "tickvals": list(range(start, end)),
+        "tickvals": list(at),
         "ticktext": names,
-        "tickangle": -60 if len(tokens) <= 40 else -90,
-        "tickfont": {"size": size},
+        "tickangle": -60 if few else -90,
+        "tickfont": {"size": 11 if few else 9},
     }
 
 
-def reversed_token_axis(tokens: Sequence[str], start: int = 0, title: str = "token (position)") -> dict:
+def reversed_token_axis(
+    tokens: Sequence[str], start: int = 0, title: str = "token (position)", room: int = MAX_NAMED_TOKENS
+) -> dict:
     """The same going down, for the rows of a matrix."""
-    axis = token_axis(tokens, start, title)
+    axis = token_axis(tokens, start, title, room)
     return axis | {"range": axis["range"][::-1], "tickangle": 0}
 
 

@@ -81,6 +81,8 @@ def test_token_axis_names_repeated_tokens_at_each_position():
     assert axis["tickvals"] == [10, 11, 12]
     assert axis["ticktext"] == ["a 10", "b 11", "a 12"]
     assert axis["range"] == [9.5, 12.5]
+    assert theme.token_axis(["a"] * 50, room=40)["tickvals"] == list(range(0, 50, 2))
+    assert "one in 2 named" in theme.token_axis(["a"] * 50, room=40)["title"]["text"]
     long = theme.token_axis(["a"] * (theme.MAX_NAMED_TOKENS + 1))
     assert "ticktext" not in long and "position" in long["title"]["text"]
 
@@ -196,6 +198,8 @@ def test_routes_leave_unchosen_experts_blank():
     z = np.array(fig.data[0].z)
     assert z[0, 0] == 0.6 and z[1, 1] == 0.7 and np.isnan(z[0, 1]) and np.isnan(z[1, 0])
     assert "layer 3" in fig.layout.title.text
+    assert fig.data[0].zmax == 1
+    assert routing.token_routes(weights, ["a", "b"], layer=3, stretched=True).data[0].zmax == 0.7
 
 
 def test_loads_are_percentages_with_counts():
