@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jambascope.config import JambaConfig
+from jambascope.devices import parse_device, parse_dtype
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.hf_format import Piece, config_from_hf, config_to_hf, pieces
 
@@ -34,7 +35,7 @@ SHARD_BYTES = 5 << 30
 def load(
     name_or_path: str | Path,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
 ) -> HookedJamba:
     """Open a packaged model by name, a checkpoint directory, or a hub id.
@@ -53,6 +54,7 @@ def load(
     """
     from jambascope.model import HookedJamba
 
+    device, dtype = parse_device(device), parse_dtype(dtype)
     directory = find_directory(name_or_path, revision)
     config, model_type = read_config(directory)
     where = locate_tensors(directory)
@@ -60,7 +62,7 @@ def load(
     parameters = dict(model.named_parameters())
     plan = _plan(parameters, config, model_type, where, directory)
     model.to(dtype or _stored_dtype(plan, where))
-    model.allocate(device or "cpu")
+    model.allocate(device)
     with torch.no_grad():
         _copy_weights(dict(model.named_parameters()), plan, where)
     model.tokenizer = load_tokenizer(directory)
@@ -143,7 +145,10 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     """Which safetensors file holds each tensor, from the index where there is one."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.exists():
-        where = {name: directory / file for name, file in read_json(index, "").get("weight_map", {}).items()}
+        weight_map = read_json(index, "").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensor names to file names; fetch it again")
+        where = {name: directory / file for name, file in weight_map.items()}
         for path in sorted(set(where.values())):
             if path.parent != directory:
                 raise CheckpointError(f"{index} points outside its directory: {path}; remove the entry")
@@ -162,7 +167,8 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     if pickles:
         raise CheckpointError(
             f"{directory / pickles[0]} is a pickle, which can run code when opened, and is refused; "
-            "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+            "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) "
+            "writes safetensors"
         )
     raise CheckpointError(f"{single} does not exist; a checkpoint directory needs it, or an index with its shards")
 
@@ -237,8 +243,12 @@ def _copy_weights(parameters: dict[str, torch.Tensor], plan: list[Piece], where:
                     if not torch.isfinite(values).all():
                         raise CheckpointError(f"{path}: {piece.file_name} holds NaN or infinity; fetch the file again")
                     target = piece.part(parameters[piece.parameter])
-                    (target if rows is None else target[rows]).copy_(values)
-                    del values
+                    placed = (target if rows is None else target[rows]).copy_(values)
+                    if placed.dtype != values.dtype and not torch.isfinite(placed).all():
+                        raise CheckpointError(
+                            f"{path}: {piece.file_name} holds values beyond {placed.dtype}; load it in a wider dtype"
+                        )
+                    del values, placed
 
 
 def _batches(group: list[Piece], parameters: dict[str, torch.Tensor]) -> Iterator[list[tuple[Piece, slice | None]]]:
@@ -318,6 +328,9 @@ def save(model: HookedJamba, directory: str | Path) -> None:
         _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
+    for stale in {directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")}:
+        if stale.name not in weight_map.values():  # of an earlier save; a reader might prefer it
+            stale.unlink(missing_ok=True)
     _write_json(directory / "config.json", hf)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)

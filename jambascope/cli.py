@@ -38,6 +38,7 @@ def inspect(
     from rich.table import Table
 
     from jambascope import checkpoint, memory
+    from jambascope.devices import parse_dtype
     from jambascope.memory import readable_bytes, readable_count
 
     kind = parse_dtype(dtype)
@@ -142,34 +143,6 @@ def train(
     from jambascope.zoo.train import train as run
 
     run(name, Path(out), steps=steps, seed=seed, resume=resume)
-
-
-def parse_dtype(name: str):
-    """The torch dtype of that name; raises ConfigError on others."""
-    import torch
-
-    from jambascope.errors import ConfigError
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in known:
-        raise ConfigError(f"dtype={name!r} must be one of {', '.join(known)}")
-    return known[name]
-
-
-def parse_device(name: str | None):
-    """The torch device of that name; raises ConfigError when it does not exist here."""
-    import torch
-
-    from jambascope.errors import ConfigError
-
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device={name!r} cannot be used here ({str(e).splitlines()[0]}); try cpu") from None
-    return device
 
 
 def _add_commands_of_other_floors() -> None:

@@ -79,7 +79,8 @@ class JambaConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixers", tuple(self.mixers))
         object.__setattr__(self, "feed_forwards", tuple(self.feed_forwards))
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        eos = self.eos_token_ids
+        object.__setattr__(self, "eos_token_ids", (eos,) if isinstance(eos, int) else tuple(eos))
         _check(self)
 
     @property
@@ -117,9 +118,13 @@ class JambaConfig:
         Layer i is attention when ``i % attn_layer_period == attn_layer_offset`` and its feed-forward is MoE when
         ``i % expert_layer_period == expert_layer_offset`` and there is more than one expert.
         """
-        for field, period in (("attn_layer_period", attn_layer_period), ("expert_layer_period", expert_layer_period)):
-            if not isinstance(period, int) or period < 1:
-                raise ConfigError(f"{field}={period!r} must be a whole number of at least 1")
+        for field, value in (
+            ("n_layers", n_layers),
+            ("attn_layer_period", attn_layer_period),
+            ("expert_layer_period", expert_layer_period),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field}={value!r} must be a whole number of at least 1")
         fields.setdefault("dt_rank", math.ceil(d_model / 16))
         fields.setdefault("experts_per_token", min(2, num_experts))
         layers = range(n_layers)
@@ -162,7 +167,12 @@ def _check(c: JambaConfig) -> None:
         "feed_forwards",
         f"give one per layer ({len(c.mixers)} as in mixers), not {len(c.feed_forwards)}",
     )
-    need(c.eps > 0, "eps", "must be positive")
+    for field in ("eps", "rotary_base"):
+        value = getattr(c, field)
+        need(isinstance(value, (int, float)) and value > 0, field, "must be a positive number")
+    for field in ("bos_token_id", "pad_token_id"):
+        need(getattr(c, field) is None or _is_token(getattr(c, field), c), field, f"must lie in 0..{c.d_vocab - 1}")
+    need(all(_is_token(t, c) for t in c.eos_token_ids), "eos_token_ids", f"must lie in 0..{c.d_vocab - 1}")
     if c.attention_layers:
         positive("n_heads", "n_key_value_heads", "d_head")
         need(
@@ -182,3 +192,7 @@ def _check(c: JambaConfig) -> None:
             "experts_per_token",
             f"cannot exceed num_experts={c.num_experts}",
         )
+
+
+def _is_token(value: Any, c: JambaConfig) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < c.d_vocab

@@ -23,7 +23,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: Iterable[int] | None = None,
+    stop_tokens: int | Iterable[int] | None = None,
     attention_mask: torch.Tensor | None = None,
     seed: int | None = None,
     prepend_bos: bool | None = None,
@@ -49,24 +49,27 @@ def generate(
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, model.config.d_vocab)
     is_text = isinstance(input, (str, list))
-    tokens, mask = model._prepare(input, attention_mask, prepend_bos)
+    tokens, mask = model._prepare(input, attention_mask, prepend_bos, None)
     tokens, mask = _pad_left(tokens, mask)
-    stops = torch.tensor(
-        sorted(model.config.eos_token_ids if stop_tokens is None else stop_tokens), dtype=torch.long
-    ).to(tokens.device)
+    if isinstance(stop_tokens, int):
+        stop_tokens = [stop_tokens]
+    stops = model.config.eos_token_ids if stop_tokens is None else list(stop_tokens)
+    stops = torch.tensor(stops, dtype=torch.long, device=tokens.device)
     pad = model.config.pad_token_id or 0
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
 
     state = model.new_state(len(tokens))
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    live = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)  # new tokens before a row stopped
     columns = [tokens]
     step_tokens, step_mask = tokens, mask
     with model._lock, _bar(progress, max_new_tokens) as advance:
         for _ in range(max_new_tokens):
-            logits = model(step_tokens, attention_mask=step_mask, state=state)[:, -1]
+            logits = model._run(step_tokens, step_mask, state, last_only=True)[:, -1]
             chosen = sample(logits, temperature, top_k, top_p, generator)
             chosen = torch.where(done, pad, chosen)
             columns.append(chosen[:, None])
+            live += ~done
             done = done | torch.isin(chosen, stops)
             step_tokens, step_mask = chosen[:, None], None
             advance()
@@ -78,8 +81,8 @@ def generate(
     lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
     bos = model.config.bos_token_id
     texts = []
-    for row, length in zip(out, lengths, strict=True):
-        ids = row[tokens.shape[1] - length :].tolist()
+    for row, length, new in zip(out, lengths, live.tolist(), strict=True):
+        ids = row[tokens.shape[1] - length : tokens.shape[1] + new].tolist()
         ids = ids[1:] if ids and ids[0] == bos and model.tokenizer is not None else ids
         texts.append(tokenization.decode(model, torch.tensor(ids)))
     return texts[0] if isinstance(input, str) else texts
@@ -108,11 +111,11 @@ def sample(
 def _check_options(max_new_tokens, temperature, top_k, top_p, d_vocab) -> None:
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise InputError(f"max_new_tokens={max_new_tokens!r} must be a whole number of at least 0")
-    if not temperature >= 0:
+    if not isinstance(temperature, (int, float)) or not temperature >= 0:
         raise InputError(f"temperature={temperature!r} must be 0 (greedy) or positive")
-    if top_k is not None and not 1 <= top_k <= d_vocab:
-        raise InputError(f"top_k={top_k!r} must lie in 1..{d_vocab}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_k is not None and (not isinstance(top_k, int) or not 1 <= top_k <= d_vocab):
+        raise InputError(f"top_k={top_k!r} must be a whole number in 1..{d_vocab}")
+    if top_p is not None and (not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
         raise InputError(f"top_p={top_p!r} must lie in (0, 1]")
 
 

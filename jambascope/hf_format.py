@@ -53,6 +53,8 @@ def _common(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _from_jamba(hf: dict[str, Any]) -> JambaConfig:
     d_model, heads = hf["hidden_size"], hf["num_attention_heads"]
+    if heads < 1:
+        raise ConfigError(f"num_attention_heads={heads!r} must be at least 1")
     dt_rank = hf.get("mamba_dt_rank", "auto")
     return JambaConfig.jamba(
         **_common(hf),
@@ -79,6 +81,7 @@ def _from_jamba(hf: dict[str, Any]) -> JambaConfig:
         tie_embeddings=hf.get("tie_word_embeddings", False),
         n_ctx=hf.get("max_position_embeddings", 262_144),
         load_balancing_coef=hf.get("router_aux_loss_coef", 0.001),
+        activation_coef=hf.get("activation_loss_coef", 0.0),
     )
 
 
@@ -99,6 +102,7 @@ def _from_mamba(hf: dict[str, Any]) -> JambaConfig:
         inner_norms=False,
         eps=hf.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=hf.get("tie_word_embeddings", True),
+        n_ctx=hf.get("max_position_embeddings", 262_144),
     )
 
 
@@ -130,6 +134,7 @@ def config_to_hf(config: JambaConfig, dtype: torch.dtype) -> dict[str, Any]:
             use_bias=config.proj_bias,
             layer_norm_epsilon=config.eps,
             residual_in_fp32=False,
+            max_position_embeddings=config.n_ctx,
         )
     periods = _jamba_periods(config)
     if periods is None:
@@ -155,6 +160,7 @@ def config_to_hf(config: JambaConfig, dtype: torch.dtype) -> dict[str, Any]:
         rms_norm_eps=config.eps,
         max_position_embeddings=config.n_ctx,
         router_aux_loss_coef=config.load_balancing_coef,
+        activation_loss_coef=config.activation_coef,  # ours; transformers keeps fields that it does not know
     )
 
 

@@ -21,6 +21,11 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         """Whether any forward or backward hook is attached."""
         return bool(self._forward_hooks or self._backward_hooks)
 
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether any backward hook is attached."""
+        return bool(self._backward_hooks)
+
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         if not (self._forward_hooks or self._backward_hooks):
             return value

@@ -124,6 +124,8 @@ def hook_rows(config: JambaConfig) -> dict[str, HookRow]:
 def resolve(name: str, known: Iterable[str]) -> str:
     """The hook point that ``name`` (perhaps an alias) means; an unknown one raises with the nearest names."""
     known = list(known)
+    if not isinstance(name, str):
+        raise HookError(f"a hook point's name is text or a function of names, not {name!r}")
     if name in known:
         return name
     head, layer, tail = (name.split(".", 2) + ["", ""])[:3]
@@ -133,7 +135,7 @@ def resolve(name: str, known: Iterable[str]) -> str:
     raise HookError(f"this model has no hook point {name!r}; the nearest are {', '.join(nearest)}")
 
 
-def names_filter(
+def select_names(
     wanted: str | Iterable[str] | Callable[[str], bool] | None, rows: dict[str, HookRow]
 ) -> Callable[[str], bool]:
     """A predicate on hook names from what ``run_with_cache`` accepts; None means all but the expanded ones."""

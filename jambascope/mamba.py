@@ -64,11 +64,7 @@ class MambaMixer(nn.Module):
         projected = self.hook_in_proj(self.in_proj(hidden))
         d_inner = projected.shape[-1] // 2
         x, gate = projected[..., :d_inner], self.hook_gate(projected[..., d_inner:])
-        if mask is not None:
-            x = x * mask
-        x, conv_inputs = causal_conv1d(
-            x, self.conv1d.weight[:, 0], self.conv1d.bias, None if memory is None else memory.conv
-        )
+        x, conv_inputs = self._conv(x, run.mask, None if memory is None else memory.conv)
         x = F.silu(self.hook_conv(x))
         x = self.hook_x(x if mask is None else x * mask)
 
@@ -84,6 +80,18 @@ class MambaMixer(nn.Module):
             conv = _last_inputs(conv_inputs, self.conv1d.kernel_size[0] - 1, run.mask)
             run.update_mamba(self.layer, MambaState(conv, scan.final_state))
         return self.out_proj(self.hook_z(scan.y))
+
+    def _conv(
+        self, x: torch.Tensor, mask: torch.Tensor | None, past: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The causal convolution over a row's tokens, as if its padding were not there; and its inputs."""
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        if mask is None:
+            return causal_conv1d(x, weight, bias, past)
+        # Tokens move to the front, in order, so that each meets the tokens before it (or the past), not padding.
+        order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(x)
+        out, inputs = causal_conv1d((x * mask[..., None]).gather(1, order), weight, bias, past)
+        return torch.zeros_like(out).scatter(1, order, out), inputs
 
     def _step_size(self, dt: torch.Tensor) -> torch.Tensor:
         """softplus(dt W + bias), the bias added in float32: [B T R] -> [B T E]."""
@@ -121,27 +129,29 @@ class MambaMixer(nn.Module):
         if not self.hook_ssm_state.heard:
             return scan
         states = scan.captured
-        version = states._version
+        counts_edits = not states.is_inference()  # inference tensors have no version
+        version = states._version if counts_edits else None
+        original = states if counts_edits else states.clone()
         shown = self.hook_ssm_state(states)
-        if shown is states and states._version == version:
-            return scan
-        if states._version != version:  # edited in place: what was there before has to be computed again
-            states = selective_scan(x, dt, **arguments, capture="all", edits=edits).captured
-        pinned = shown != states
-        shift = torch.zeros_like(states) if edits is None else edits.shift
-        edits = StateEdits(positions, (~pinned).to(states.dtype), torch.where(pinned, shown, shift))
-        return selective_scan(x, dt, **arguments, edits=edits)
+        if counts_edits and states._version != version:
+            # Edited in place: what was there before has to be computed again.
+            original = selective_scan(x, dt, **arguments, capture="all", edits=edits).captured
+        elif counts_edits and shown is states:
+            if not (self.hook_ssm_state.wants_gradient or states.retains_grad):
+                return scan
+        pinned = shown != original
+        shift = torch.zeros_like(original) if edits is None else edits.shift
+        # Where nothing was changed `shown - original` is zero, but carries the state's gradient into what is shown.
+        shift = torch.where(pinned, shown, shift + (shown - original))
+        return selective_scan(x, dt, **arguments, edits=StateEdits(positions, (~pinned).to(shown.dtype), shift))
 
 
 def _last_inputs(inputs: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
     """The last ``count`` inputs of the convolution that belong to tokens: [B count+T E] -> [B count E].
 
-    With padding on the right a row's memory ends at its last token, not at the end of the call.
+    ``inputs`` are the past and then the row's tokens, with any padding behind them.
     """
-    length = inputs.shape[1] - count
     if mask is None:
-        return inputs[:, length:].clone()
-    positions = torch.arange(1, length + 1, device=mask.device)
-    end = (mask * positions).amax(1)  # index in `inputs` at which the row's memory starts; 0 if it has no token
-    index = end[:, None] + torch.arange(count, device=mask.device)
+        return inputs[:, inputs.shape[1] - count :].clone()
+    index = mask.sum(1)[:, None] + torch.arange(count, device=mask.device)
     return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[2]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -14,14 +15,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.utilities import Slice
 
 from jambascope import generation
 from jambascope import tokens as tokenization
 from jambascope.attention import Attention
 from jambascope.config import JambaConfig
+from jambascope.devices import parse_device, parse_dtype
 from jambascope.errors import ConfigError, InputError
 from jambascope.hook_point import HookPoint
-from jambascope.hook_table import hook_rows, names_filter, resolve
+from jambascope.hook_table import hook_rows, resolve, select_names
 from jambascope.losses import LossTerms, load_balancing_loss, mean_loss, token_losses
 from jambascope.mamba import MambaMixer
 from jambascope.mlp import DenseMLP
@@ -73,7 +76,9 @@ class Block(nn.Module):
 
 def _note_activation(run: Run, out: torch.Tensor) -> None:
     if run.auxiliary is not None:
-        run.auxiliary.squared_activations.append(out.float().square().mean())
+        squares = out.float().square().mean(-1)
+        mean = squares.mean() if run.mask is None else (squares * run.mask).sum() / run.mask.sum()
+        run.auxiliary.squared_activations.append(mean)
 
 
 class HookedJamba(HookedRootModule):
@@ -92,7 +97,7 @@ class HookedJamba(HookedRootModule):
         self,
         config: JambaConfig,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> None:
         """A randomly initialised model (torch's global random numbers; Mamba's own start for A, D and dt)."""
         super().__init__()
@@ -109,8 +114,8 @@ class HookedJamba(HookedRootModule):
             self.hook_logits = HookPoint()  # [B T V]
         self.hook_rows = hook_rows(config)
         self.setup()
-        self.to(dtype)
-        self.allocate(device or "cpu")
+        self.to(parse_dtype(dtype))
+        self.allocate(parse_device(device))
         if self.device.type != "meta":
             initialize(self)
 
@@ -180,7 +185,7 @@ class HookedJamba(HookedRootModule):
         cls,
         name_or_path: str | Path,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
     ) -> HookedJamba:
         """Open a packaged model, a Hugging Face directory or a hub id; see ``jambascope.checkpoint.load``."""
@@ -223,8 +228,10 @@ class HookedJamba(HookedRootModule):
         """
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None")
-        tokens, mask = self._prepare(input, attention_mask, prepend_bos)
-        logits, _ = self._run(tokens, mask, state)
+        tokens, mask = self._prepare(input, attention_mask, prepend_bos, state)
+        if return_type in ("loss", "both"):
+            tokenization.check_predictions(tokens, mask)
+        logits = self._run(tokens, mask, state)
         if return_type in ("logits", None):
             return logits if return_type else None
         losses = token_losses(logits, tokens)
@@ -234,9 +241,10 @@ class HookedJamba(HookedRootModule):
     def loss_terms(self, input: Input, attention_mask: Int[torch.Tensor, "batch pos"] | None = None) -> LossTerms:
         """The training loss and its parts: next token, load balancing, activation."""
         with self._lock:
-            tokens, mask = self._prepare(input, attention_mask, None)
+            tokens, mask = self._prepare(input, attention_mask, None, None)
+            tokenization.check_predictions(tokens, mask)
             auxiliary = Auxiliary()
-            logits, _ = self._run(tokens, mask, None, auxiliary)
+            logits = self._run(tokens, mask, None, auxiliary)
             lm = mean_loss(token_losses(logits, tokens), mask)
             balance = lm.new_zeros(())
             if auxiliary.router_logits:
@@ -245,14 +253,27 @@ class HookedJamba(HookedRootModule):
             total = lm + self.config.load_balancing_coef * balance + self.config.activation_coef * activation
             return LossTerms(lm, balance, activation, total)
 
-    def _prepare(self, input: Input, attention_mask: torch.Tensor | None, prepend_bos: bool | None):
+    def _prepare(
+        self,
+        input: Input,
+        attention_mask: torch.Tensor | None,
+        prepend_bos: bool | None,
+        state: InferenceState | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Checked tokens [B T] on the model's device, and the mask as bool or None when all are tokens."""
         if isinstance(input, (str, list)):
             tokens, mask = tokenization.encode(self, input, prepend_bos)
             attention_mask = mask if attention_mask is None else attention_mask
         else:
             tokens = input
-        return tokenization.check(tokens, attention_mask, self.config.d_vocab, self.device)
+        tokens, mask = tokenization.check(tokens, attention_mask, self.config.d_vocab, self.device)
+        if state is None:
+            tokenization.check_no_empty_row(mask)
+        elif isinstance(state, InferenceState):
+            state.check(self.config, len(tokens), self.device, self.dtype)
+        else:
+            raise InputError(f"state is a {type(state).__name__}; make one with model.new_state({len(tokens)})")
+        return tokens, mask
 
     def _run(
         self,
@@ -260,14 +281,16 @@ class HookedJamba(HookedRootModule):
         mask: torch.Tensor | None,
         state: InferenceState | None,
         auxiliary: Auxiliary | None = None,
-    ) -> tuple[torch.Tensor, Run]:
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits [B T V], or [B 1 V] of the last position: at long context the others are most of the memory."""
         run = Run(*tokens.shape, tokens.device, mask, state, auxiliary)
         x = self.hook_embed(self.embed(tokens))
         for block in self.blocks:
             x = block(x, run)
-        logits = self.hook_logits(self.unembed(self.ln_final(x)))
+        logits = self.hook_logits(self.unembed(self.ln_final(x[:, -1:] if last_only else x)))
         run.commit()
-        return logits, run
+        return logits
 
     def new_state(self, batch: int = 1) -> InferenceState:
         """An empty memory for ``batch`` sequences, to pass to every call that continues them."""
@@ -301,10 +324,17 @@ class HookedJamba(HookedRootModule):
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
         """Attach a hook until ``reset_hooks``; an unknown name raises HookError with the nearest ones."""
-        super().add_hook(name if callable(name) else resolve(name, self.hook_dict), hook, *args, **kwargs)
+        with self._lock:
+            super().add_hook(name if callable(name) else resolve(name, self.hook_dict), hook, *args, **kwargs)
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Remove hooks (not permanent ones); waits for a run of another thread to end."""
+        with self._lock:
+            super().reset_hooks(*args, **kwargs)
 
     def run_with_cache(
         self,
+        input: Input,
         *args: Any,
         names_filter: Any = None,
         return_cache_object: bool = True,
@@ -315,19 +345,47 @@ class HookedJamba(HookedRootModule):
 
         Returns the model's output and an ``ActivationCache`` (a dict with ``return_cache_object=False``).
         """
+        if isinstance(input, torch.Tensor) and input.ndim == 1:
+            input = input[None]
+        if remove_batch_dim and not isinstance(input, str) and len(input) != 1:
+            raise InputError(f"remove_batch_dim=True takes one prompt, not {len(input)}; leave it out")
+        keep = select_names(names_filter, self.hook_rows)
         out, cache = super().run_with_cache(
-            *args, names_filter=self._names_filter(names_filter), remove_batch_dim=remove_batch_dim, **kwargs
+            input, *args, names_filter=keep, remove_batch_dim=remove_batch_dim, **kwargs
         )
+        if isinstance(names_filter, (str, list, tuple)):  # under the names that were asked for, aliases too
+            wanted = [names_filter] if isinstance(names_filter, str) else names_filter
+            cache |= {name: cache[resolve(name, self.hook_rows)] for name in wanted}
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
 
-    def _names_filter(self, wanted: str | Iterable[str] | Callable[[str], bool] | None) -> Callable[[str], bool]:
-        return names_filter(wanted, self.hook_rows)
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict, list, list]:
+        """As TransformerLens's, with the position axis read from the hook table."""
+        cache = {} if cache is None else cache
+        pos_slice = Slice.unwrap(pos_slice)
+
+        def save(value: torch.Tensor, hook: HookPoint, suffix: str) -> None:
+            axes = self.hook_rows[hook.name].axes
+            value = pos_slice.apply(value.detach().to(device), dim=axes.index("T") - len(axes))
+            cache[hook.name + suffix] = value[0] if remove_batch_dim else value
+
+        keep = [name for name in self.hook_dict if select_names(names_filter, self.hook_rows)(name)]
+        forward = [(name, partial(save, suffix="")) for name in keep]
+        return cache, forward, [(name, partial(save, suffix="_grad")) for name in keep] if incl_bwd else []
 
     # -- text -----------------------------------------------------------------------------------------------
 
     def to_tokens(self, input: str | list[str], prepend_bos: bool | None = None) -> Int[torch.Tensor, "batch pos"]:
         """Token ids [B T] on the model's device; prompts of different lengths are padded on the right.
 
+        Padding is not marked in the ids: pass prompts of different lengths to ``forward`` or ``generate`` as text.
         Without a tokenizer a prompt is token ids separated by spaces. ``prepend_bos`` None means: when there is one.
         """
         return tokenization.encode(self, input, prepend_bos)[0].to(self.device)
@@ -351,7 +409,11 @@ class HookedJamba(HookedRootModule):
         """The unembedding directions of tokens (ids or single-token texts): what a logit is read along."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
-        return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
+        elif isinstance(tokens, list):
+            tokens = [self.to_single_token(t) if isinstance(t, str) else t for t in tokens]
+        tokens = torch.as_tensor(tokens)
+        tokenization.check(tokens.reshape(1, -1), None, self.config.d_vocab, self.device)
+        return self.W_U.T[tokens.to(self.device)]
 
     # -- copying: a lock cannot be copied or pickled ---------------------------------------------------------
 

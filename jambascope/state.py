@@ -29,7 +29,7 @@ class KeyValueState:
     def appended(self, k: torch.Tensor, v: torch.Tensor, length: int) -> KeyValueState:
         """The state with k, v [B T K P] at positions ``length..length + T``; past entries are never changed."""
         new_length = length + k.shape[1]
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or self.keys.requires_grad):
+        if torch.is_grad_enabled():  # a graph may have saved the buffer, so nothing is written into it
             return KeyValueState(
                 torch.cat((self.keys[:, :length], k), dim=1), torch.cat((self.values[:, :length], v), dim=1)
             )
@@ -88,8 +88,28 @@ class InferenceState:
 
     @property
     def batch(self) -> int:
-        first = self.layers[0]
-        return (first.keys if isinstance(first, KeyValueState) else first.conv).shape[0]
+        return self._tensors()[0].shape[0]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for layer in self.layers for tensor in vars(layer).values()]
+
+    def check(self, config: JambaConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise InputError unless this is a memory of ``batch`` sequences of such a model."""
+        if self.batch != batch:
+            raise InputError(f"state holds {self.batch} sequences but tokens have {batch}; use state.rows(...)")
+        fitting = InferenceState.create(config, 1, "meta", dtype)._tensors()
+        held = self._tensors()
+        # Of keys and values the second axis is their capacity, which is the state's own affair.
+        fits = len(held) == len(fitting) and all(
+            a.ndim == b.ndim and a.shape[-2:] == b.shape[-2:] and a.dtype == b.dtype and a.device == device
+            for a, b in zip(held, fitting, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                "state belongs to a model of another shape, dtype or device; make one with model.new_state(batch)"
+            )
+        if held[0].is_inference() and not torch.is_inference_mode_enabled():
+            self.restore(self)  # inference tensors cannot be updated here; their copies can
 
     @property
     def nbytes(self) -> int:
@@ -148,8 +168,6 @@ class Run:
         auxiliary: Auxiliary | None = None,
     ) -> None:
         """``mask`` [B T] bool, True for tokens, or None when all are; ``state`` the memory to continue, or None."""
-        if state is not None and state.batch != batch:
-            raise InputError(f"state holds {state.batch} sequences but tokens have {batch}; use state.rows(...)")
         self.batch, self.length, self.device = batch, length, device
         self.state, self.auxiliary = state, auxiliary
         self.past = 0 if state is None else state.length

@@ -16,6 +16,8 @@ def encode(
     model: HookedJamba, prompts: str | list[str], prepend_bos: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Token ids [B T] padded on the right, and their mask [B T] (None when nothing is padded)."""
+    if not isinstance(prompts, (str, list, tuple)):
+        raise InputError(f"a prompt is a {type(prompts).__name__}; give text, or token ids as a tensor")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise InputError("the list of prompts is empty; give at least one prompt")
@@ -45,10 +47,12 @@ def _encode_one(model: HookedJamba, text: str, prepend_bos: bool | None) -> list
     else:
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = model.config.bos_token_id
+    if prepend_bos and bos is None:
+        raise InputError("prepend_bos=True, but this model's configuration has no bos_token_id; leave it out")
     if bos is not None and (prepend_bos or (prepend_bos is None and model.tokenizer is not None)):
         if ids and ids[0] == bos and prepend_bos is None:
             return ids
-        if text.strip():
+        if text:
             return [bos, *ids]
     return ids
 
@@ -107,3 +111,19 @@ def check(
         if mask.bool().all():
             mask = None
     return tokens.to(device).long(), None if mask is None else mask.to(device).bool()
+
+
+def check_no_empty_row(mask: torch.Tensor | None) -> None:
+    """Raise InputError when a row of a mask [B T] is padding from end to end."""
+    if mask is not None and mask.device.type == "cpu" and not mask.any(1).all():
+        row = int(mask.any(1).int().argmin())
+        raise InputError(f"attention_mask row {row} has no token; give every sequence at least one")
+
+
+def check_predictions(tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raise InputError when no token has a next one, so that there is no loss."""
+    some = tokens.shape[1] > 1
+    if some and mask is not None and mask.device.type == "cpu":
+        some = bool((mask[:, :-1] & mask[:, 1:]).any())
+    if not some:
+        raise InputError("a loss needs a sequence of at least two tokens: the second is what the first predicts")

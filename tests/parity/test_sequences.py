@@ -77,6 +77,23 @@ def test_padding_then_more_tokens(side, model, random_tokens):
 
 
 @torch.no_grad()
+def test_padding_anywhere_in_a_later_call(model, random_tokens):
+    """A second turn of ragged lengths, padded on the left, on both sides and inside."""
+    first, second = random_tokens(4, 5), random_tokens(4, 6, seed=2)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 1, 1]])
+    third = random_tokens(4, 2, seed=3)
+    state = model.new_state(4)
+    model(first, state=state)
+    out = model(second, attention_mask=mask, state=state)
+    after = model(third, state=state)
+    for row in range(4):
+        kept = mask[row].bool()
+        whole = model(torch.cat([first[row], second[row, kept], third[row]])[None])[0]
+        close(out[row, kept], whole[5 : 5 + kept.sum()])
+        close(after[row], whole[-2:])
+
+
+@torch.no_grad()
 def test_each_generated_token_has_the_logits_of_the_whole_sequence(model, random_tokens):
     seen = []
     with model.hooks([("hook_logits", lambda value, hook: seen.append(value[:, -1].clone()))]):

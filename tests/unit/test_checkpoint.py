@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from jambascope import HookedJamba, JambaConfig
+from jambascope import HookedJamba, JambaConfig, checkpoint
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.hf_format import config_from_hf, config_to_hf
 from jambascope.model import initialize
@@ -179,6 +179,30 @@ def test_saving_again_over_shards_leaves_no_stale_index(hf_model, tmp_path, ids)
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_saving_shards_over_a_single_file_leaves_no_stale_weights(
+    small_model, small_config, tmp_path, monkeypatch, tokens
+):
+    HookedJamba(small_config).save_pretrained(tmp_path)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    small_model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    agree(HookedJamba.from_pretrained(tmp_path), back, tokens)
+    assert torch.equal(HookedJamba.from_pretrained(tmp_path)(tokens), small_model(tokens))
+
+
+@pytest.mark.parametrize("family", ["jamba", "mamba"])
+def test_every_field_survives_saving(family, small_config, tmp_path):
+    fields = dict(n_ctx=99, activation_coef=1e-5, load_balancing_coef=0.02)
+    if family == "mamba":
+        fields = dict(n_ctx=99, mixers=("mamba",) * 4, feed_forwards=("none",) * 4, inner_norms=False)
+    config = JambaConfig(**small_config.to_dict() | fields)
+    HookedJamba(config).save_pretrained(tmp_path)
+    again = HookedJamba.from_pretrained(tmp_path).config
+    assert all(getattr(again, name) == value for name, value in fields.items())
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_loading_peaks_near_the_size_of_the_weights(tmp_path):
     """In a process of its own: the high-water mark of memory above what the imports take, in weights."""
     config = JambaConfig.jamba(
@@ -254,6 +278,22 @@ def test_numbers_that_are_none(value, directory):
     refuse(directory, "model.layers.0.mamba.A_log", "NaN or infinity")
 
 
+def test_values_beyond_the_wanted_type(directory):
+    rewrite(directory, lambda t: t["lm_head.weight"].view(-1).__setitem__(0, 1e6))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight holds values beyond torch.float16"):
+        HookedJamba.from_pretrained(directory, dtype="float16")
+
+
+@pytest.mark.parametrize("options", [dict(dtype="int4"), dict(dtype=torch.int32), dict(device="nonsense:9")], ids=str)
+def test_devices_and_types_that_do_not_exist(options, directory, small_config):
+    for make in (
+        lambda: HookedJamba.from_pretrained(directory, **options),
+        lambda: HookedJamba(small_config, **options),
+    ):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}='"):
+            make()
+
+
 def test_types_that_cannot_be_weights(directory):
     rewrite(directory, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}))
     refuse(directory, "lm_head.weight", "I8")
@@ -271,6 +311,10 @@ def test_broken_shards(hf_model, tmp_path):
     index.write_text(json.dumps({"weight_map": content["weight_map"] | {held: "../elsewhere.safetensors"}}))
     refuse(tmp_path, "outside its directory")
     index.write_text(json.dumps(content))
+    for nonsense in ([], None, {held: 3}):
+        index.write_text(json.dumps({"weight_map": nonsense}))
+        refuse(tmp_path, "index.json", "weight_map")
+    index.write_text(json.dumps(content))
     first.unlink()
     refuse(tmp_path, first.name, "does not exist")
 
@@ -283,12 +327,15 @@ def test_broken_shards(hf_model, tmp_path):
         (dict(hidden_act="gelu"), ["hidden_act='gelu'", "silu"]),
         (dict(num_key_value_heads=3), ["n_key_value_heads=3", "must divide n_heads=4"]),
         (dict(num_experts_per_tok=9), ["experts_per_token=9", "num_experts=4"]),
-        (dict(num_hidden_layers=0), ["mixers=()", "at least one layer"]),
+        (dict(num_hidden_layers=0), ["n_layers=0", "at least 1"]),
+        (dict(num_attention_heads=0), ["num_attention_heads=0"]),
         (dict(attn_layer_period=0), ["attn_layer_period=0"]),
         (dict(mamba_d_state=0), ["d_state=0"]),
         (dict(rms_norm_eps=0), ["eps=0"]),
         (dict(vocab_size="many"), ["d_vocab='many'"]),
-        (dict(num_hidden_layers="4"), ["of the wrong kind"]),
+        (dict(num_hidden_layers="4"), ["n_layers='4'"]),
+        (dict(num_attention_heads="4"), ["of the wrong kind"]),
+        (dict(eos_token_id=99), ["eos_token_ids=(99,)", "0..60"]),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

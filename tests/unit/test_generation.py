@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jambascope import HookedJamba, JambaConfig
 from jambascope.errors import InputError
 from jambascope.generation import sample
 
@@ -54,6 +55,21 @@ def test_stop_tokens_end_a_row_and_fill_it_with_padding(small_model, tokens):
     assert alone[0, -1] == stop and alone.shape[1] <= 14
 
 
+def test_text_ends_where_its_row_stopped(small_model):
+    alone = small_model.generate("5 17 3", 6, stop_tokens=())
+    stop = int(alone.split()[4])
+    texts = small_model.generate(["5 17 3", "9 4"], 6, stop_tokens=stop)
+    new = alone.split()[3:]
+    assert texts[0].split() == alone.split()[: 3 + new.index(str(stop)) + 1]
+
+
+def test_prefill_computes_the_logits_of_the_last_position_only(small_model, tokens):
+    shapes = []
+    with small_model.hooks([("hook_logits", lambda value, hook: shapes.append(tuple(value.shape)))]):
+        small_model.generate(tokens, 2, stop_tokens=())
+    assert shapes == [(2, 1, 61)] * 2
+
+
 def test_no_new_tokens_gives_the_prompt_back(small_model, tokens):
     assert torch.equal(small_model.generate(tokens, 0), tokens)
 
@@ -82,6 +98,9 @@ def test_hooks_act_during_generation(small_model, tokens):
         (dict(temperature=-0.1), "temperature=-0.1"),
         (dict(top_k=0), r"top_k=0 must lie in 1\.\.61"),
         (dict(top_p=1.5), "top_p=1.5"),
+        (dict(temperature="0.7"), "temperature='0.7'"),
+        (dict(top_k=1.5), "top_k=1.5"),
+        (dict(top_p="a"), "top_p='a'"),
     ],
     ids=str,
 )
@@ -116,7 +135,52 @@ def test_masks_and_states_that_do_not_fit(small_model, tokens):
         small_model(tokens, attention_mask=torch.ones(2, 3))
     with pytest.raises(InputError, match="1 for tokens and 0 for padding"):
         small_model(tokens, attention_mask=torch.full((2, 11), 2))
+    with pytest.raises(InputError, match="attention_mask row 1 has no token"):
+        small_model(tokens, attention_mask=torch.tensor([[1] * 11, [0] * 11]))
+    with pytest.raises(InputError, match="state is a dict"):
+        small_model(tokens, state={})
     with pytest.raises(InputError, match="state holds 3 sequences but tokens have 2"):
         small_model(tokens, state=small_model.new_state(3))
     with pytest.raises(InputError, match="return_type='logit'"):
         small_model(tokens, return_type="logit")
+    for return_loss in (lambda t: small_model(t, return_type="loss"), small_model.loss_terms):
+        with pytest.raises(InputError, match="at least two tokens"):
+            return_loss(tokens[:, :1])
+    with pytest.raises(InputError, match="at least two tokens"):
+        small_model(tokens, attention_mask=torch.eye(11)[[0, 3]], return_type="loss")
+
+
+@pytest.mark.parametrize("fields", [dict(d_conv=6), dict(d_head=4), dict(d_state=2), dict(n_layers=3)], ids=str)
+def test_a_state_of_another_model_is_refused(fields, small_model, small_config, tokens):
+    base = {k: getattr(small_config, k) for k in ("d_model", "d_vocab", "n_heads", "n_key_value_heads", "d_mlp")}
+    base |= dict(n_layers=4, d_head=8, d_state=6, num_experts=5, attn_layer_period=3, attn_layer_offset=1)
+    other = HookedJamba(JambaConfig.jamba(**base | fields))
+    with pytest.raises(InputError, match=r"another shape, dtype or device; make one with model\.new_state"):
+        small_model(tokens, state=other.new_state(2))
+
+
+def test_a_state_filled_in_inference_mode_goes_on_outside(small_model, tokens):
+    whole = small_model(tokens)
+    with torch.inference_mode():
+        state = small_model.new_state(2)
+        small_model(tokens[:, :2], state=state)
+        small_model(tokens[:, 2:4], state=state)
+    with torch.no_grad():
+        small_model(tokens[:, 4:6], state=state)
+    rest = small_model(tokens[:, 6:], state=state)
+    torch.testing.assert_close(rest, whole[:, 6:], rtol=1e-4, atol=1e-5)
+    rest.sum().backward()
+    small_model.zero_grad()
+
+
+def test_texts_that_are_refused_or_need_bos(small_model, small_config):
+    for call in (small_model.to_tokens, small_model.to_single_token):
+        with pytest.raises(InputError, match="a prompt is a int"):
+            call(5)
+    with pytest.raises(InputError, match="token id 99 is outside"):
+        small_model.tokens_to_residual_directions(99)
+    assert small_model.tokens_to_residual_directions(["5", "6"]).shape == (2, 32)
+    assert small_model.to_tokens("5", prepend_bos=True).tolist() == [[1, 5]]
+    without = HookedJamba(JambaConfig(**small_config.to_dict() | dict(bos_token_id=None)))
+    with pytest.raises(InputError, match="no bos_token_id"):
+        without.to_tokens("5", prepend_bos=True)

@@ -10,9 +10,10 @@ import torch
 from transformer_lens import ActivationCache
 
 from jambascope import HookedJamba, JambaConfig
-from jambascope.errors import HookError
+from jambascope.errors import HookError, InputError
 from jambascope.hook_table import HOOK_TABLE, hook_rows
 from jambascope.kernels import selective_scan as scan_module
+from jambascope.model import initialize
 
 NAMES = list(
     hook_rows(
@@ -294,6 +295,73 @@ def test_two_threads_do_not_see_each_others_hooks(small_model, tokens):
     [w.start() for w in workers]
     [w.join() for w in workers]
     assert not failures
+
+
+def test_the_gradient_of_a_state_is_there_before_it_is_changed(small_config, tokens):
+    """A vector that is added to the state starts at zero, and has to learn from there."""
+    torch.manual_seed(0)
+    model = HookedJamba(small_config).double()
+    initialize(model, std=0.2)
+    name = "blocks.0.mixer.hook_ssm_state"
+
+    def loss(vector):
+        def add(states, hook):
+            states = states.clone()
+            states[:, :, 4] += vector
+            return states
+
+        return model.run_with_hooks(tokens, fwd_hooks=[(name, add)], return_type="loss")
+
+    vector = torch.zeros(64, 6, dtype=torch.float64, requires_grad=True)
+    loss(vector).backward()
+    direction = torch.randn(64, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        slope = (loss(1e-5 * direction) - loss(-1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((vector.grad * direction).sum(), slope, rtol=1e-4, atol=1e-9)
+
+    seen = {}
+    with model.hooks(bwd_hooks=[(name, lambda g, hook: seen.update(grad=g.clone()))]):
+        model(tokens, return_type="loss").backward()
+    torch.testing.assert_close(seen["grad"][:, :, 4].sum(0), vector.grad)
+
+
+def test_caching_runs_in_inference_mode(small_model, tokens):
+    with torch.inference_mode():
+        logits, cache = small_model.run_with_cache(tokens, names_filter=NAMES)
+    torch.testing.assert_close(logits, small_model(tokens), rtol=1e-4, atol=1e-5)
+    assert set(cache) == set(NAMES)
+
+
+def test_slices_and_single_prompts_in_the_cache(small_model, tokens):
+    rows = small_model.hook_rows
+    _, cache = small_model.run_with_cache(tokens, pos_slice=(2, 6), names_filter=NAMES)
+    _, last = small_model.run_with_cache(tokens, pos_slice=[4], names_filter=NAMES)
+    _, alone = small_model.run_with_cache(tokens[0], remove_batch_dim=True, names_filter=NAMES)
+    _, whole = small_model.run_with_cache(tokens, names_filter=NAMES)
+    for name in NAMES:
+        axis = rows[name].axes.index("T")
+        assert torch.equal(cache[name], whole[name].narrow(axis, 2, 4)), name
+        assert torch.equal(last[name], whole[name].narrow(axis, 4, 1)), name
+        assert alone[name].shape == whole[name].shape[1:], name
+    with pytest.raises(InputError, match="takes one prompt, not 2"):
+        small_model.run_with_cache(tokens, remove_batch_dim=True)
+    _, cache = small_model.run_with_cache(tokens, names_filter="blocks.1.mlp.hook_expert_weights")
+    assert torch.equal(cache["blocks.1.mlp.hook_expert_weights"], whole["blocks.1.mlp.router.hook_expert_weights"])
+
+
+def test_another_thread_cannot_remove_or_add_hooks_during_a_run(small_model, tokens):
+    plain = small_model(tokens)
+    with small_model.hooks([("hook_embed", lambda value, hook: value * 2)]):
+        edited = small_model(tokens)
+        others = [
+            threading.Thread(target=small_model.reset_hooks),
+            threading.Thread(target=lambda: small_model.add_hook("hook_embed", lambda value, hook: value * 3)),
+        ]
+        [thread.start() for thread in others]
+        assert torch.equal(small_model(tokens), edited) and not torch.equal(edited, plain)
+    [thread.join() for thread in others]
+    small_model.reset_hooks()
+    assert torch.equal(small_model(tokens), plain)
 
 
 def test_backward_hooks_see_gradients(small_model, tokens):

@@ -29,6 +29,13 @@ def test_the_total_weighs_its_parts_by_the_configuration(small_config, tokens):
     assert all(p.grad is not None and p.grad.norm() > 0 for n, p in model.named_parameters() if "router" in n)
 
 
+def test_padding_is_in_no_part_of_the_loss(small_model, tokens):
+    padded = torch.cat([tokens, torch.zeros(2, 9, dtype=torch.long)], dim=1)
+    mask = (torch.arange(20) < 11).int().expand(2, 20)
+    for part, expected in zip(small_model.loss_terms(padded, mask), small_model.loss_terms(tokens), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_no_experts_no_balancing(tokens):
     model = HookedJamba(JambaConfig.jamba(n_layers=2, d_model=16, d_vocab=61, d_mlp=8, num_experts=1))
     assert model.loss_terms(tokens).load_balancing == 0
