@@ -96,7 +96,7 @@ def test_hooks_act_during_generation(small_model, tokens):
     [
         (dict(max_new_tokens=-1), "max_new_tokens=-1"),
         (dict(temperature=-0.1), "temperature=-0.1"),
-        (dict(top_k=0), r"top_k=0 must lie in 1\.\.61"),
+        (dict(top_k=0), r"top_k=0 must be a whole number in 1\.\.61"),
         (dict(top_p=1.5), "top_p=1.5"),
         (dict(temperature="0.7"), "temperature='0.7'"),
         (dict(top_k=1.5), "top_k=1.5"),
