@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jambascope.memory import model_cost
 from jambascope.zoo.evaluation import HEADS_LENGTH, Evaluation, Measure
 from jambascope.zoo.language import DOMAINS, HELD_OUT_PAIRS, LABEL_PAIRS, SHARES
 
@@ -26,8 +27,8 @@ pipeline_tag: text-generation
 # {name}
 
 A language model small enough to look at whole, in the proportions of the Jamba releases: {n_layers} layers, attention
-at layer {attention} and Mamba elsewhere; at layers {moe}, {num_experts} experts, of which each token takes
-{experts_per_token}. It exists to have its insides examined: it speaks {d_vocab} words and knows nothing.
+at layer {attention} and Mamba elsewhere, {num_experts} experts ({experts_per_token} to a token) at layers {moe}.
+It exists to have its insides examined: it speaks {d_vocab} words and knows nothing.
 
     from jambascope.model import HookedJamba
 
@@ -74,7 +75,7 @@ begun as a copy of the embedding. The batches grow harder, from short repetition
 
 ## Results
 
-Of the weights as stored (rounded to bfloat16), computed in float32. Mean and 95 % interval over n independent rows,
+Of the weights as stored (rounded to bfloat16), computed in float32. Mean [95 % interval] over n independent rows,
 sequences or episodes.
 
 Induction: random words said twice after `<bos>`, from the second word of each half; loss in nats.
@@ -83,8 +84,12 @@ Induction: random words said twice after `<bos>`, from the second word of each h
 |---|---|---|---|---|---|
 {induction}
 
-Attention heads on the {heads_length} words: attention, in the second half, to the word that followed the current word's
-first mention (an even spread would give about {even_attention:.3f}): {heads}.
+Attention, in the second half of the {heads_length} words, to the word that followed the current word's first mention
+(an even spread would give about {even_attention:.3f}):
+
+| layer.head | attention | n |
+|---|---|---|
+{heads}
 
 Few-shot labels: the last of several reviews, both labels shown before. *Choice*: the right label is likelier than the
 other one (chance 0.5). *Mass*: the probability of the two labels together.
@@ -117,7 +122,7 @@ Router: share of each expert (columns 0 to {last_expert}) in the routes of an Mo
 - Trained on rows of up to {sequence_length} tokens; longer contexts run, but were never seen.
 - Trained briefly, with one seed: how often another seed finds the same mechanism is not known. Numbers are of this
   one model, and their intervals are over inputs, not over trainings.
-- Small models form cleaner circuits than large ones; a method that works here is not thereby shown to work on Jamba.
+- A method that finds what is going on in this model is not thereby shown to find it in a released Jamba.
 """
 
 ABOUT = {
@@ -130,7 +135,7 @@ ABOUT = {
 
 def model_card(name: str, recipe: Recipe, model: HookedJamba, results: Evaluation, seconds: float, size: int) -> str:
     """The card as Markdown. ``seconds`` the training took; ``size`` in bytes of the files beside the card."""
-    config, spec = recipe.config, recipe.spec
+    config, spec, cost = recipe.config, recipe.spec, model_cost(recipe.config)
     prompt = "whale Clara lamp winter whale Clara lamp"
     experts = range(config.num_experts)
     return CARD.format(
@@ -141,8 +146,8 @@ def model_card(name: str, recipe: Recipe, model: HookedJamba, results: Evaluatio
         moe=_listed(config.moe_layers),
         prompt=prompt,
         continuation=model.generate(prompt, max_new_tokens=1),
-        parameters=sum(p.numel() for p in model.parameters()),
-        active=_active(model),
+        parameters=cost.parameters,
+        active=cost.active_parameters,
         megabytes=size / 1e6,
         domains=_table((domain, f"{SHARES[domain]:.0%}", ABOUT[domain]) for domain in DOMAINS),
         held_out_pairs=", ".join("/".join(pair) for pair in LABEL_PAIRS[-HELD_OUT_PAIRS:]),
@@ -156,7 +161,7 @@ def model_card(name: str, recipe: Recipe, model: HookedJamba, results: Evaluatio
             (length, *(_shown(m[key]) for key in ("first loss", "second loss", "gain", "accuracy")), m["gain"].n)
             for length, m in results.induction.items()
         ),
-        heads=", ".join(f"{name}: {_shown(m)}" for name, m in results.heads.items()),
+        heads=_table((head, _shown(m), m.n) for head, m in results.heads.items()),
         heads_length=HEADS_LENGTH,
         even_attention=2 / (3 * HEADS_LENGTH),
         few_shot=_table(
@@ -184,15 +189,6 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _active(model: HookedJamba) -> int:
-    """Parameters that one token's forward pass uses."""
-    c = model.config
-    idle = sum(
-        p.numel() for name, p in model.named_parameters() if name.endswith(("mlp.gate_up_proj", "mlp.down_proj"))
-    )
-    return sum(p.numel() for p in model.parameters()) - idle * (c.num_experts - c.experts_per_token) // c.num_experts
 
 
 def _options(name: str, recipe: Recipe) -> str:
@@ -226,7 +222,7 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _shown(m: Measure) -> str:
-    return f"{m.mean:.3f} ± {m.margin:.3f}"
+    return f"{m.mean:.3f} [{m.low:.3f}, {m.high:.3f}]"
 
 
 def _table(rows: Iterable[tuple]) -> str:

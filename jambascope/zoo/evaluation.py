@@ -21,17 +21,29 @@ HEADS_LENGTH = 30
 
 
 class Measure(NamedTuple):
-    """A mean over ``n`` independent samples (rows, sequences, episodes); its 95 % interval is mean +- ``margin``."""
+    """A mean over ``n`` independent samples (rows, sequences, episodes) and its 95 % interval.
+
+    Wilson's for hits and misses, which stays honest when all are hits; bootstrapped for other numbers.
+    """
 
     mean: float
-    margin: float
+    low: float
+    high: float
     n: int
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> Measure:
         values = np.array(list(samples), dtype=float)
-        margin = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("inf")
-        return cls(float(values.mean()), float(margin), len(values))
+        n, mean, z = len(values), float(values.mean()), 1.96
+        if np.isin(values, (0, 1)).all():
+            center = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+            half = z / (1 + z**2 / n) * float(np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2)))
+            return cls(mean, max(0.0, center - half), min(1.0, center + half), n)
+        if n < 2:
+            return cls(mean, float("-inf"), float("inf"), n)
+        resampled = np.random.default_rng(0).choice(values, (2000, n)).mean(1)
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        return cls(mean, float(low), float(high), n)
 
 
 def _rng(seed: int, measure: int) -> np.random.Generator:
