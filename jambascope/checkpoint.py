@@ -18,6 +18,7 @@ from jambascope.config import JambaConfig
 from jambascope.devices import parse_device, parse_dtype
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.hf_format import Piece, config_from_hf, config_to_hf, pieces
+from jambascope.zoo import packaged_models
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -45,7 +46,7 @@ def load(
 
     Args:
         device: where the weights go; the CPU when None.
-        dtype: their type; that of the stored embedding when None.
+        dtype: their type; when None, that of the stored embedding (float32 for a packaged model).
         revision: of a hub id.
 
     Raises:
@@ -56,6 +57,8 @@ def load(
 
     device, dtype = parse_device(device), parse_dtype(dtype)
     directory = find_directory(name_or_path, revision)
+    if dtype is None and directory in packaged_models().values():
+        dtype = torch.float32  # bfloat16 is how they are packed, not how they are meant to be computed
     config, model_type = read_config(directory)
     where = locate_tensors(directory)
     model = HookedJamba(config, device="meta")
@@ -72,8 +75,6 @@ def load(
 
 def find_directory(name_or_path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The directory of a packaged model, a local checkpoint or (downloaded, without weights if so asked) a hub id."""
-    from jambascope.zoo import packaged_models
-
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -316,10 +317,13 @@ def save(model: HookedJamba, directory: str | Path) -> None:
         shards[-1].append(piece)
         held += size
     weight_map = {}
+    umask = os.umask(0)
+    os.umask(umask)
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {p.file_name: p.part(parameters[p.parameter]).cpu().clone() for p in shard}
         save_file(tensors, directory / (name + ".tmp"), metadata={"format": "pt"})
+        os.chmod(directory / (name + ".tmp"), 0o666 & ~umask)  # safetensors makes files that only their owner reads
         os.replace(directory / (name + ".tmp"), directory / name)
         weight_map |= dict.fromkeys(tensors, name)
     index = directory / "model.safetensors.index.json"

@@ -93,9 +93,7 @@ def generate(
     """Continue a prompt and print prompt and continuation."""
     from jambascope import HookedJamba
 
-    loaded = HookedJamba.from_pretrained(
-        model, device=parse_device(device), dtype=parse_dtype(dtype) if dtype else None
-    )
+    loaded = HookedJamba.from_pretrained(model, device=device, dtype=dtype)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, progress=sys.stderr.isatty())
     typer.echo(loaded.generate(prompt, max_new_tokens, **options))
 
@@ -111,7 +109,9 @@ def zoo(context: typer.Context) -> None:
     from jambascope import checkpoint, memory
     from jambascope.zoo import packaged_models
 
-    table = Table("model", "layers", "attention at", "MoE at", "parameters", "active", "on disk", "card")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("model", "layers", "attention", "MoE", "parameters", "active", "on disk"):
+        table.add_column(heading, no_wrap=True)
     for name, directory in packaged_models().items():
         config, _ = checkpoint.read_config(directory)
         cost = memory.model_cost(config)
@@ -124,9 +124,10 @@ def zoo(context: typer.Context) -> None:
             memory.readable_count(cost.parameters),
             memory.readable_count(cost.active_parameters),
             memory.readable_bytes(size),
-            str(directory / "README.md"),
         )
     Console().print(table)
+    for name, directory in packaged_models().items():
+        typer.echo(f"card of {name}: {directory / 'README.md'}")
 
 
 @zoo_app.command()

@@ -178,8 +178,8 @@ def _jamba_periods(c: JambaConfig) -> dict[str, int] | None:
     whole_expand = not c.mamba_layers or (c.inner_norms and c.d_inner % c.d_model == 0)
     if c.rotary or not whole_expand or "none" in c.feed_forwards or (c.moe_layers and c.num_experts == 1):
         return None
-    attention = _period_of([m == "attention" for m in c.mixers])
-    expert = _period_of([f == "moe" for f in c.feed_forwards])
+    attention = _period_of([m == "attention" for m in c.mixers], published=(8, 4))
+    expert = _period_of([f == "moe" for f in c.feed_forwards], published=(2, 1))
     if attention is None or expert is None:
         return None
     return dict(
@@ -190,11 +190,12 @@ def _jamba_periods(c: JambaConfig) -> dict[str, int] | None:
     )
 
 
-def _period_of(flags: list[bool]) -> tuple[int, int] | None:
-    for period in range(1, len(flags) + 2):
-        for offset in range(period):
-            if all((i % period == offset) == flag for i, flag in enumerate(flags)):
-                return period, offset
+def _period_of(flags: list[bool], published: tuple[int, int]) -> tuple[int, int] | None:
+    """A period and offset that give these flags: the published ones if they do, else the shortest."""
+    shorter = [(period, offset) for period in range(1, len(flags) + 2) for offset in range(period)]
+    for period, offset in [published, *shorter]:
+        if all((i % period == offset) == flag for i, flag in enumerate(flags)):
+            return period, offset
     return None
 
 

@@ -12,8 +12,6 @@ import transformers
 from jambascope import HookedJamba
 from jambascope.hf_format import pieces
 
-# The models are tiny: a second thread costs more than it gives, and much more when other processes want the core.
-torch.set_num_threads(1)
 ULP = torch.finfo(torch.float32).eps
 
 

@@ -189,6 +189,19 @@ def test_shards_saved_over_a_single_file_replace_it(small_model, small_config, t
     assert torch.equal(HookedJamba.from_pretrained(tmp_path)(tokens), small_model(tokens))
 
 
+def test_a_block_of_eight_is_written_with_the_published_periods():
+    config = JambaConfig.jamba(n_layers=8, d_model=16, d_vocab=9, d_mlp=8, num_experts=4)
+    written = config_to_hf(config, torch.float32)
+    assert (written["attn_layer_period"], written["attn_layer_offset"]) == (8, 4)
+    assert (written["expert_layer_period"], written["expert_layer_offset"]) == (2, 1)
+
+
+def test_others_may_read_what_is_saved(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "weights must be as readable as the configuration beside them"
+
+
 @pytest.mark.parametrize("family", ["jamba", "mamba"])
 def test_every_field_survives_saving(family, small_config, tmp_path):
     fields = dict(n_ctx=99, activation_coef=1e-5, load_balancing_coef=0.02)

@@ -20,15 +20,6 @@ from jambascope.training import CHECKPOINT, LOG, TrainingSpec, decays, fit, make
 SPEC = TrainingSpec(steps=6, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2, evaluate_every=3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are slower on many threads, by far when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny(**changes) -> HookedJamba:
     """Five layers: attention at layer 4, experts at 1 and 3."""
     fields = dict(n_layers=5, d_model=16, d_vocab=12, d_mlp=8, num_experts=4, d_state=4, n_heads=2, d_head=8) | changes

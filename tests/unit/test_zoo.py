@@ -20,15 +20,6 @@ NAME = "jamba-micro"
 SEED = 77  # of no training run and no model card
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are slower on many threads, by far when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model() -> HookedJamba:
     return HookedJamba.from_pretrained(NAME, dtype=torch.float32)
@@ -155,7 +146,10 @@ def test_it_has_the_proportions_of_jamba(model):
     assert (c.n_layers, c.attention_layers, c.moe_layers, c.experts_per_token) == (8, (4,), (1, 3, 5, 7), 2)
     assert c == RECIPES[NAME].config
     assert model.tokenizer.get_vocab() == VOCABULARY
-    assert HookedJamba.from_pretrained(NAME).dtype == torch.bfloat16
+    # Packed in bfloat16, computed in float32 unless asked otherwise.
+    assert HookedJamba.from_pretrained(NAME).dtype == torch.float32
+    assert HookedJamba.from_pretrained(NAME, dtype="bfloat16").dtype == torch.bfloat16
+    assert HookedJamba.from_pretrained(packaged_models()[NAME]).dtype == torch.float32
 
 
 def test_transformers_opens_it_and_agrees(model):
