@@ -19,7 +19,7 @@ import torch
 
 from jambascope import HookedJamba
 from jambascope.checkpoint import find_directory
-from jambascope.errors import InputError, JambascopeError
+from jambascope.errors import CheckpointError, InputError, JambascopeError
 from jambascope.zoo import packaged_models
 
 MAX_TOKENS = 4096
@@ -99,10 +99,17 @@ def examples(model: HookedJamba) -> tuple[str, ...]:
 
 def open_checkpoint(name: str) -> tuple[HookedJamba, Checkpoint]:
     """The model called ``name``, loaded once for all sessions and again when its files change."""
-    directory = find_directory(name)
-    modified = max((p.stat().st_mtime_ns for p in directory.iterdir() if p.is_file()), default=0)
+    directory = _directory(name)
+    try:
+        modified = max((p.stat().st_mtime_ns for p in directory.iterdir() if p.is_file()), default=0)
+    except OSError as e:
+        raise CheckpointError(f"{directory} cannot be read ({e.strerror}); restore it, or start again") from None
     checkpoint = Checkpoint(str(directory), modified, start().device, start().dtype)
     return _load(checkpoint), checkpoint
+
+
+_directory = cache(find_directory)
+"""Asked once per name: for a hub id it goes to the network."""
 
 
 @st.cache_resource(max_entries=2, show_spinner="Opening the model")
