@@ -20,11 +20,8 @@ def dashboard(
         str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16; as stored when not given.")
     ] = None,
 ) -> None:
-    """Open the dashboards on a model, at a local address that is printed.
-
-    Raises:
-        CheckpointError, ConfigError: before anything is served, for a model that cannot be opened.
-    """
+    """Open the dashboards on a model, at a local address that is printed."""
+    # What cannot be opened raises here, a CheckpointError or ConfigError, before anything is served.
     from jambascope.checkpoint import check_tensors, find_directory, read_config
     from jambascope.errors import ConfigError
 

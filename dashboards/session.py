@@ -188,7 +188,7 @@ def keep_within(key: str, low: int, high: int) -> None:
 def choose_layer(layers: tuple[int, ...], key: str, label: str) -> int:
     """A layer among those of one kind, kept in the URL under ``key``."""
     if st.session_state.get(key) not in (None, *layers):
-        del st.session_state[key]  # left over from another model
+        st.session_state[key] = layers[0]  # left over from another model
     return st.selectbox(label, layers, key=key, bind="query-params", format_func=str)
 
 
