@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def dashboard(
     model: Annotated[
@@ -23,28 +21,14 @@ def dashboard(
     """Open the dashboards on a model, at a local address that is printed."""
     # What cannot be opened raises here, a CheckpointError or ConfigError, before anything is served.
     from jambascope.checkpoint import check_tensors, find_directory, read_config
-    from jambascope.errors import ConfigError
+    from jambascope.devices import parse_device, parse_dtype
 
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    parse_dtype(dtype)
+    parse_device(device)
     directory = find_directory(model)
     check_tensors(directory, *read_config(directory))
-    _check_device(device)
     _check_port(port)
     _serve(model if directory != Path(model).expanduser() else str(directory.resolve()), port, device, dtype)
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    from jambascope.errors import ConfigError
-
-    try:
-        if device is not None:
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"device={device!r} cannot be used here ({reason}); leave it out for the CPU") from None
 
 
 def _check_port(port: int) -> None:

@@ -114,8 +114,7 @@ _directory = cache(find_directory)
 
 @st.cache_resource(max_entries=2, show_spinner="Opening the model")
 def _load(checkpoint: Checkpoint) -> HookedJamba:
-    dtype = None if checkpoint.dtype is None else getattr(torch, checkpoint.dtype)
-    return HookedJamba.from_pretrained(checkpoint.directory, device=checkpoint.device, dtype=dtype)
+    return HookedJamba.from_pretrained(checkpoint.directory, device=checkpoint.device, dtype=checkpoint.dtype)
 
 
 def view(name: str, prompt: str) -> View:
