@@ -12,7 +12,7 @@ from torch import nn
 
 from jambascope.config import JambaConfig
 from jambascope.hook_point import HookPoint
-from jambascope.kernels.conv import causal_conv1d
+from jambascope.kernels.causal_conv import causal_conv1d
 from jambascope.kernels.selective_scan import ScanResult, StateEdits, selective_scan
 from jambascope.norms import InnerNorm
 from jambascope.state import MambaState, Run
@@ -64,8 +64,7 @@ class MambaMixer(nn.Module):
         projected = self.hook_in_proj(self.in_proj(hidden))
         d_inner = projected.shape[-1] // 2
         x, gate = projected[..., :d_inner], self.hook_gate(projected[..., d_inner:])
-        x, conv_inputs = self._conv(x, run.mask, None if memory is None else memory.conv)
-        x = F.silu(self.hook_conv(x))
+        x, new_conv = self._conv(x, run.mask, None if memory is None else memory.conv)
         x = self.hook_x(x if mask is None else x * mask)
 
         dt_B_C = self.x_proj(x)
@@ -77,21 +76,23 @@ class MambaMixer(nn.Module):
 
         scan = self._scan(x, dt, B, C, gate, None if memory is None else memory.ssm)
         if memory is not None:
-            conv = _last_inputs(conv_inputs, self.conv1d.kernel_size[0] - 1, run.mask)
-            run.update_mamba(self.layer, MambaState(conv, scan.final_state))
+            run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         return self.out_proj(self.hook_z(scan.y))
 
     def _conv(
         self, x: torch.Tensor, mask: torch.Tensor | None, past: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The causal convolution over a row's tokens, as if its padding were not there; and its inputs."""
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        if mask is None:
-            return causal_conv1d(x, weight, bias, past)
-        # Tokens move to the front, in order, so that each meets the tokens before it (or the past), not padding.
-        order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(x)
-        out, inputs = causal_conv1d((x * mask[..., None]).gather(1, order), weight, bias, past)
-        return torch.zeros_like(out).scatter(1, order, out), inputs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """SiLU of the causal convolution over a row's tokens, as if its padding were not there; and the new past."""
+        if mask is not None:
+            # Tokens move to the front, in order, so that each meets the tokens before it (or the past), not padding.
+            order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(x)
+            x = (x * mask[..., None]).gather(1, order)
+        heard = self.hook_conv.heard
+        out = causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, past, silu=not heard)
+        if mask is not None:
+            out = torch.zeros_like(out).scatter(1, order, out)
+        new_past = None if past is None else _last_inputs(past, x, mask)
+        return F.silu(self.hook_conv(out)) if heard else out, new_past
 
     def _step_size(self, dt: torch.Tensor) -> torch.Tensor:
         """softplus(dt W + bias), the bias added in float32: [B T R] -> [B T E]."""
@@ -146,12 +147,10 @@ class MambaMixer(nn.Module):
         return selective_scan(x, dt, **arguments, edits=StateEdits(positions, (~pinned).to(shown.dtype), shift))
 
 
-def _last_inputs(inputs: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """The last ``count`` inputs of the convolution that belong to tokens: [B count+T E] -> [B count E].
-
-    ``inputs`` are the past and then the row's tokens, with any padding behind them.
-    """
+def _last_inputs(past: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The last inputs of each row's tokens, as many as ``past`` [B d_conv-1 E] holds; padding of x is at its end."""
+    count = past.shape[1]
     if mask is None:
-        return inputs[:, inputs.shape[1] - count :].clone()
+        return torch.cat((past, x[:, max(0, x.shape[1] - count) :]), dim=1)[:, -count:] if count else past
     index = mask.sum(1)[:, None] + torch.arange(count, device=mask.device)
-    return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[2]))
+    return torch.cat((past, x), dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))

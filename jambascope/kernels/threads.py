@@ -1,35 +1,74 @@
-"""Runs a numba loop over work items on as many threads as torch uses.
+"""Runs a numba loop over work items on torch's own OpenMP threads.
 
-The loops release the GIL (``nogil=True``) and take a range of items, so plain Python threads share them. This
-replaces numba's own ``parallel=True``: its default layer aborts the process when two Python threads enter
-a parallel kernel at once, as two dashboard users do.
+The loops release the GIL (``nogil=True``) and take a range of items. numba's ``parallel=True`` is not used: its
+default layer aborts the process when two Python threads enter a parallel kernel at once, as two dashboard users
+do. Nor are threads of our own, where it can be helped: torch's spin for a while after each operation, and ours
+would have to share their cores with them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import torch
 
-
-@lru_cache(maxsize=2)
-def _pool(workers: int, pid: int) -> ThreadPoolExecutor:
-    """One pool per size and process (a forked child must not wait for its parent's threads)."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="jambascope-kernel")
+Loop = Callable[[int, int], None]
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run_items(loop: Callable[[int, int], None], items: int, serial: bool = False) -> None:
+def run_items(loop: Loop, items: int, serial: bool = False) -> None:
     """Call ``loop(start, stop)`` so that every item in ``range(items)`` is done once; the caller works too."""
     threads = 1 if serial else min(torch.get_num_threads(), items)
     if threads <= 1:
         loop(0, items)
         return
     cuts = [items * k // threads for k in range(threads + 1)]
-    pool = _pool(torch.get_num_threads() - 1, os.getpid())
-    others = [pool.submit(loop, cuts[k], cuts[k + 1]) for k in range(1, threads)]
+    openmp = _torch_openmp()
+    if openmp is None:
+        _run_in_pool(loop, cuts)
+    else:
+        _run_in_openmp(openmp, loop, cuts)
+
+
+@cache
+def _torch_openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP library that torch's wheel brings and has loaded; None where torch uses another."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        return ctypes.CDLL(str(path))
+    return None
+
+
+def _run_in_openmp(openmp: ctypes.CDLL, loop: Loop, cuts: list[int]) -> None:
+    """One parallel region, as the compiler would write it; each thread takes every n-th cut of those there are."""
+    failures: list[BaseException] = []
+
+    def task(_: int | None) -> None:
+        try:
+            thread, team = openmp.omp_get_thread_num(), openmp.omp_get_num_threads()
+            for k in range(thread, len(cuts) - 1, team):
+                loop(cuts[k], cuts[k + 1])
+        except BaseException as e:  # must not leave the C frame
+            failures.append(e)
+
+    openmp.GOMP_parallel(_TASK(task), None, len(cuts) - 1, 0)
+    if failures:
+        raise failures[0]
+
+
+def _run_in_pool(loop: Loop, cuts: list[int]) -> None:
+    pool = _pool(len(cuts) - 2, os.getpid())
+    others = [pool.submit(loop, a, b) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
     loop(cuts[0], cuts[1])
     for other in others:
         other.result()
+
+
+@lru_cache(maxsize=2)
+def _pool(workers: int, pid: int) -> ThreadPoolExecutor:
+    """One pool per size and process (a forked child must not wait for its parent's threads)."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="jambascope-kernel")

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from jambascope.errors import ConfigError, InputError
-from jambascope.kernels.conv import causal_conv1d
 from jambascope.kernels.selective_scan import StateEdits, selective_scan
 
 SIZES = {  # batch, length, channels, states
@@ -205,18 +204,3 @@ def test_bad_arguments_are_named():
         selective_scan(**a, backend="warp")
     with pytest.raises(ConfigError, match="backend='cpu' computes in float32"):
         selective_scan(**{k: v.double() for k, v in a.items()}, backend="cpu")
-
-
-@pytest.mark.parametrize("width", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 2, 9])
-def test_causal_conv_equals_torch(width, length):
-    x, past = torch.randn(2, length, 6).double(), torch.randn(2, width - 1, 6).double()
-    weight, bias = torch.randn(6, width).double(), torch.randn(6).double()
-    out, inputs = causal_conv1d(x, weight, bias, past)
-    expected = F.conv1d(torch.cat((past, x), 1).transpose(1, 2), weight[:, None], bias, groups=6).transpose(1, 2)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(inputs, torch.cat((past, x), 1))
-    alone, _ = causal_conv1d(x, weight, None)
-    torch.testing.assert_close(
-        alone, F.conv1d(F.pad(x.transpose(1, 2), (width - 1, 0)), weight[:, None], groups=6).transpose(1, 2)
-    )

@@ -18,46 +18,14 @@ the partials in order: no atomics, the same bits on every run and for every numb
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from jambascope.kernels.vector_math import FAST, exp2, sigmoid
 
 LANES = 16
-_FAST = {"contract"}
 
 
-@intrinsic
-def _float_from_bits(typingctx, bits):
-    """Reinterpret an int32 as the float32 with the same bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@njit(inline="always", fastmath=_FAST)
-def _exp2(v):
-    """2**v to 1e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
-    v = min(max(v, np.float32(-126.0)), np.float32(126.0))
-    whole = np.floor(v + np.float32(0.5))
-    r = v - whole
-    p = np.float32(0.00015345811600619055)
-    p = p * r + np.float32(0.0013399931216376557)
-    p = p * r + np.float32(0.009618488958620415)
-    p = p * r + np.float32(0.05550328776974151)
-    p = p * r + np.float32(0.24022646890620056)
-    p = p * r + np.float32(0.6931472057372625)
-    p = p * r + np.float32(1.0)
-    return p * _float_from_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
-
-
-@njit(inline="always", fastmath=_FAST)
-def _sigmoid(v):
-    return np.float32(1.0) / (np.float32(1.0) + _exp2(np.float32(-1.4426950408889634) * v))
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def forward(
     start,
     stop,
@@ -115,14 +83,14 @@ def forward(
                 for n in range(N):
                     B_tn, C_tn = B[b, t, n], C[b, t, n]
                     for i in range(LANES):
-                        v = _exp2(dt_t[i] * a_lane[n, i]) * h[n, i] + dx[i] * B_tn
+                        v = exp2(dt_t[i] * a_lane[n, i]) * h[n, i] + dx[i] * B_tn
                         h[n, i] = v
                         acc[i] += v * C_tn
             else:
                 for n in range(N):
                     B_tn, C_tn = B[b, t, n], C[b, t, n]
                     for i in range(LANES):
-                        v = _exp2(dt_t[i] * a_lane[n, i]) * h[n, i] + dx[i] * B_tn
+                        v = exp2(dt_t[i] * a_lane[n, i]) * h[n, i] + dx[i] * B_tn
                         v = v * edit_scale[b, edit, n, e0 + i] + edit_shift[b, edit, n, e0 + i]
                         h[n, i] = v
                         acc[i] += v * C_tn
@@ -134,7 +102,7 @@ def forward(
             if has_gate:
                 for i in range(LANES):
                     g = gate[b, t, e0 + i]
-                    y[b, t, e0 + i] = acc[i] * g * _sigmoid(g)
+                    y[b, t, e0 + i] = acc[i] * g * sigmoid(g)
             else:
                 for i in range(LANES):
                     y[b, t, e0 + i] = acc[i]
@@ -143,7 +111,7 @@ def forward(
                 h_last[b, e0 + i, n] = h[n, i]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def backward(
     start,
     stop,
@@ -234,7 +202,7 @@ def backward(
                     for n in range(N):
                         B_tn = B[b, t, n]
                         for i in range(LANES):
-                            d = _exp2(dt[b, t, e0 + i] * a_lane[n, i])
+                            d = exp2(dt[b, t, e0 + i] * a_lane[n, i])
                             decay[s, n, i] = d
                             h[s + 1, n, i] = d * h[s, n, i] + write[i] * B_tn
                     if edit >= 0:
@@ -255,7 +223,7 @@ def backward(
                                 acc[i] += h[s + 1, n, i] * C_tn
                         for i in range(LANES):
                             g = gate[b, t, e0 + i]
-                            sig = _sigmoid(g)
+                            sig = sigmoid(g)
                             dy_t[i] = dy[b, t, e0 + i] * g * sig
                             grad_gate[b, t, e0 + i] = dy[b, t, e0 + i] * acc[i] * sig * (one + g * (one - sig))
                     else:
