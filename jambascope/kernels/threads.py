@@ -17,22 +17,29 @@ from pathlib import Path
 
 import torch
 
-Loop = Callable[[int, int], None]
+CUTS_PER_THREAD = 4
 _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run_items(loop: Loop, items: int, serial: bool = False) -> None:
+def run_items(loop: Callable[[int, int], None], items: int, serial: bool = False) -> None:
     """Call ``loop(start, stop)`` so that every item in ``range(items)`` is done once; the caller works too."""
     threads = 1 if serial else min(torch.get_num_threads(), items)
     if threads <= 1:
         loop(0, items)
         return
-    cuts = [items * k // threads for k in range(threads + 1)]
+    # More cuts than threads, each taken by whoever is free: a thread that wakes late leaves its share to the others.
+    parts = min(items, CUTS_PER_THREAD * threads)
+    cuts = iter([(items * k // parts, items * (k + 1) // parts) for k in range(parts)])
+
+    def work() -> None:
+        for start, stop in cuts:  # the GIL makes taking the next one atomic
+            loop(start, stop)
+
     openmp = _torch_openmp()
     if openmp is None:
-        _run_in_pool(loop, cuts)
+        _run_in_pool(work, threads)
     else:
-        _run_in_openmp(openmp, loop, cuts)
+        _run_in_openmp(openmp, work, threads)
 
 
 @cache
@@ -43,27 +50,24 @@ def _torch_openmp() -> ctypes.CDLL | None:
     return None
 
 
-def _run_in_openmp(openmp: ctypes.CDLL, loop: Loop, cuts: list[int]) -> None:
-    """One parallel region, as the compiler would write it; each thread takes every n-th cut of those there are."""
+def _run_in_openmp(openmp: ctypes.CDLL, work: Callable[[], None], threads: int) -> None:
+    """One parallel region, as the compiler would write it."""
     failures: list[BaseException] = []
 
     def task(_: int | None) -> None:
         try:
-            thread, team = openmp.omp_get_thread_num(), openmp.omp_get_num_threads()
-            for k in range(thread, len(cuts) - 1, team):
-                loop(cuts[k], cuts[k + 1])
+            work()
         except BaseException as e:  # must not leave the C frame
             failures.append(e)
 
-    openmp.GOMP_parallel(_TASK(task), None, len(cuts) - 1, 0)
+    openmp.GOMP_parallel(_TASK(task), None, threads, 0)
     if failures:
         raise failures[0]
 
 
-def _run_in_pool(loop: Loop, cuts: list[int]) -> None:
-    pool = _pool(len(cuts) - 2, os.getpid())
-    others = [pool.submit(loop, a, b) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
-    loop(cuts[0], cuts[1])
+def _run_in_pool(work: Callable[[], None], threads: int) -> None:
+    others = [_pool(threads - 1, os.getpid()).submit(work) for _ in range(threads - 1)]
+    work()
     for other in others:
         other.result()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.threads import run_items
@@ -16,10 +17,19 @@ def causal_conv1d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, past: torch.Tensor, silu: bool
 ) -> torch.Tensor:
     """See :func:`jambascope.kernels.causal_conv.causal_conv1d`; float32."""
+    from jambascope.kernels.causal_conv.cpu_kernels import LANES
+
+    channels = x.shape[2]
+    pad = -channels % LANES
+    if pad:
+        x, past = F.pad(x, (0, pad)), F.pad(past, (0, pad))
+        weight, bias = F.pad(weight, (0, 0, 0, pad)), None if bias is None else F.pad(bias, (0, pad))
     inputs = (x, weight, bias, past)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
-        return _Conv.apply(*inputs, silu)
-    return _forward(*_arrays(*inputs), silu)
+        out = _Conv.apply(*inputs, silu)
+    else:
+        out = _forward(*_arrays(*inputs), silu)
+    return out[..., :channels] if pad else out
 
 
 def _arrays(x, weight, bias, past) -> tuple[np.ndarray, ...]:
@@ -55,7 +65,7 @@ def _forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, past: np.ndarr
     announce_first_compile(k.forward)
     run_items(
         lambda start, stop: k.forward(start, stop, x, weight, bias, past, silu, into),
-        batch * k.blocks(channels),
+        batch * channels // k.LANES,
         serial=batch * length * channels < SERIAL_BELOW,
     )
     return out
@@ -86,7 +96,7 @@ class _Conv(torch.autograd.Function):
         announce_first_compile(k.backward)
         run_items(
             lambda start, stop: k.backward(start, stop, *arrays, ctx.silu, dout, *into),
-            batch * k.blocks(x.shape[2]),
+            batch * x.shape[2] // k.LANES,
             serial=x.numel() < SERIAL_BELOW,
         )
         return grad_x, grad_weight.sum(0).T, None if bias is None else grad_bias.sum(0), grad_past, None

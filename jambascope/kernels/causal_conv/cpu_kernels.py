@@ -12,92 +12,90 @@ from numba import njit
 
 from jambascope.kernels.vector_math import FAST, sigmoid
 
-LANES = 64
-
-
-def blocks(channels: int) -> int:
-    """How many lane blocks cover the channels; the last one may be narrower."""
-    return -(-channels // LANES)
-
-
-@njit(inline="always")
-def _input(x, past, b, t, e):
-    """The input at position t, which may lie before the first one."""
-    return x[b, t, e] if t >= 0 else past[b, t + past.shape[1], e]
+LANES = 16
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def forward(start, stop, x, weight, bias, past, silu, out):
-    """x [B T >=E]; out [B T E]; weight [K E]; bias [E]; past [B K-1 E]."""
-    T, E = x.shape[1], weight.shape[1]
-    K = weight.shape[0]
-    n_blocks = (E + LANES - 1) // LANES
+    """x [B T >=E]; out [B T E]; weight [K E]; bias [E]; past [B K-1 E]; E a multiple of LANES."""
+    T, E, K = x.shape[1], weight.shape[1], weight.shape[0]
+    blocks = E // LANES
+    acc = np.empty(LANES, np.float32)
     for item in range(start, stop):
-        b = item // n_blocks
-        e0 = (item % n_blocks) * LANES
-        e1 = min(e0 + LANES, E)
+        b = item // blocks
+        e0 = (item % blocks) * LANES
         for t in range(T):
-            for e in range(e0, e1):
-                out[b, t, e] = bias[e]
+            for i in range(LANES):
+                acc[i] = bias[e0 + i]
             for k in range(K):
                 s = t - (K - 1) + k
                 if s >= 0:
-                    for e in range(e0, e1):
-                        out[b, t, e] += weight[k, e] * x[b, s, e]
+                    for i in range(LANES):
+                        acc[i] += weight[k, e0 + i] * x[b, s, e0 + i]
                 else:
-                    for e in range(e0, e1):
-                        out[b, t, e] += weight[k, e] * past[b, s + K - 1, e]
+                    for i in range(LANES):
+                        acc[i] += weight[k, e0 + i] * past[b, s + K - 1, e0 + i]
             if silu:
-                for e in range(e0, e1):
-                    v = out[b, t, e]
-                    out[b, t, e] = v * sigmoid(v)
+                for i in range(LANES):
+                    out[b, t, e0 + i] = acc[i] * sigmoid(acc[i])
+            else:
+                for i in range(LANES):
+                    out[b, t, e0 + i] = acc[i]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def backward(start, stop, x, weight, bias, past, silu, dout, through, grad_x, grad_past, grad_weight, grad_bias):
     """``through`` [B T E] takes the gradient before SiLU; grad_weight [B K E] and grad_bias [B E] are per row."""
-    T, E = x.shape[1], weight.shape[1]
-    K = weight.shape[0]
-    n_blocks = (E + LANES - 1) // LANES
-    one = np.float32(1.0)
+    T, E, K = x.shape[1], weight.shape[1], weight.shape[0]
+    blocks = E // LANES
+    one, zero = np.float32(1.0), np.float32(0.0)
+    acc = np.empty(LANES, np.float32)
+    sum_bias = np.empty(LANES, np.float32)
+    sum_weight = np.empty((K, LANES), np.float32)
+    window = np.empty((K, LANES), np.float32)
     for item in range(start, stop):
-        b = item // n_blocks
-        e0 = (item % n_blocks) * LANES
-        e1 = min(e0 + LANES, E)
-        for e in range(e0, e1):
-            grad_bias[b, e] = 0
-            for k in range(K):
-                grad_weight[b, k, e] = 0
+        b = item // blocks
+        e0 = (item % blocks) * LANES
+        sum_bias[:] = zero
+        sum_weight[:] = zero
         for t in range(T):
-            if silu:
-                for e in range(e0, e1):
-                    through[b, t, e] = bias[e]
-                for k in range(K):
-                    s = t - (K - 1) + k
-                    for e in range(e0, e1):
-                        through[b, t, e] += weight[k, e] * _input(x, past, b, s, e)
-                for e in range(e0, e1):
-                    v = through[b, t, e]
-                    sig = sigmoid(v)
-                    through[b, t, e] = dout[b, t, e] * sig * (one + v * (one - sig))
-            else:
-                for e in range(e0, e1):
-                    through[b, t, e] = dout[b, t, e]
-            for e in range(e0, e1):
-                grad_bias[b, e] += through[b, t, e]
             for k in range(K):
                 s = t - (K - 1) + k
-                for e in range(e0, e1):
-                    grad_weight[b, k, e] += through[b, t, e] * _input(x, past, b, s, e)
+                if s >= 0:
+                    for i in range(LANES):
+                        window[k, i] = x[b, s, e0 + i]
+                else:
+                    for i in range(LANES):
+                        window[k, i] = past[b, s + K - 1, e0 + i]
+            for i in range(LANES):
+                acc[i] = dout[b, t, e0 + i]
+            if silu:
+                for i in range(LANES):
+                    v = bias[e0 + i]
+                    for k in range(K):
+                        v += weight[k, e0 + i] * window[k, i]
+                    sig = sigmoid(v)
+                    acc[i] *= sig * (one + v * (one - sig))
+            for i in range(LANES):
+                through[b, t, e0 + i] = acc[i]
+                sum_bias[i] += acc[i]
+            for k in range(K):
+                for i in range(LANES):
+                    sum_weight[k, i] += acc[i] * window[k, i]
+        for i in range(LANES):
+            grad_bias[b, e0 + i] = sum_bias[i]
+            for k in range(K):
+                grad_weight[b, k, e0 + i] = sum_weight[k, i]
         # An input at s reached the outputs at s .. s + K - 1, through weights K - 1 .. 0.
         for s in range(-(K - 1), T):
-            for e in range(e0, e1):
-                total = np.float32(0.0)
-                for k in range(K):
-                    t = s + (K - 1) - k
-                    if 0 <= t < T:
-                        total += weight[k, e] * through[b, t, e]
+            acc[:] = zero
+            for k in range(K):
+                t = s + (K - 1) - k
+                if 0 <= t < T:
+                    for i in range(LANES):
+                        acc[i] += weight[k, e0 + i] * through[b, t, e0 + i]
+            for i in range(LANES):
                 if s >= 0:
-                    grad_x[b, s, e] = total
+                    grad_x[b, s, e0 + i] = acc[i]
                 else:
-                    grad_past[b, s + K - 1, e] = total
+                    grad_past[b, s + K - 1, e0 + i] = acc[i]
