@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+import threading
+import time
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +38,6 @@ def dashboard(
 
 
 def _check_port(port: int) -> None:
-    import socket
-
     from jambascope.errors import ConfigError
 
     with socket.socket() as probe:
@@ -57,5 +61,23 @@ def _serve(model: str, port: int, device: str | None, dtype: str | None) -> None
     for option, value in (("--device", device), ("--dtype", dtype)):
         if value is not None:
             arguments += [option, value]
-    typer.echo(f"jambascope dashboard of {model}: http://127.0.0.1:{port}  (Ctrl+C ends it)")
+    url = f"http://127.0.0.1:{port}"
+    typer.echo(f"jambascope dashboard of {model}: {url}  (Ctrl+C ends it)")
+    if _has_screen():
+        threading.Thread(target=_open_browser, args=(url, port), daemon=True).start()
     cli.main(arguments, prog_name="streamlit", standalone_mode=False)
+
+
+def _has_screen() -> bool:
+    """Whether a browser window can appear here; on a machine reached by ssh the printed address has to do."""
+    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+
+
+def _open_browser(url: str, port: int) -> None:
+    """Open the page once the server answers. Streamlit's own way would first ask for an e-mail address."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                webbrowser.open(url)
+                return
+        time.sleep(0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -98,3 +99,21 @@ def test_the_command_refuses_before_it_serves(tmp_path, monkeypatch):
 def test_plain_text_is_not_markdown(text):
     shown = session.plain(text)
     assert not any(sign in shown.replace("\\" + sign, "") for sign in "<*_$[#")
+
+
+def test_a_browser_opens_once_the_server_answers(monkeypatch):
+    opened = []
+    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        command._open_browser(f"http://127.0.0.1:{port}", port)
+    assert opened == [f"http://127.0.0.1:{port}"]
+
+
+@pytest.mark.parametrize(("variables", "expected"), [({}, False), ({"DISPLAY": ":0"}, True)], ids=["ssh", "desktop"])
+def test_only_a_screen_gets_a_browser(variables, expected, monkeypatch):
+    monkeypatch.setattr(command.sys, "platform", "linux")
+    monkeypatch.setattr(command.os, "environ", variables)
+    assert command._has_screen() is expected
