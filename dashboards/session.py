@@ -20,6 +20,7 @@ import torch
 from jambascope import HookedJamba
 from jambascope.checkpoint import find_directory
 from jambascope.errors import CheckpointError, InputError, JambascopeError
+from jambascope.tokens import check
 from jambascope.zoo import packaged_models
 
 MAX_TOKENS = 4096
@@ -127,13 +128,10 @@ def view(name: str, prompt: str) -> View:
     if not prompt.strip():
         example = "'5 17 3'" if model.tokenizer is None else "'the plot was gripping'"
         raise InputError(f"the prompt is empty; type one in the sidebar, such as {example}")
-    ids = model.to_tokens(prompt)[0].tolist()
+    tokens, _ = check(model.to_tokens(prompt).cpu(), None, model.config.d_vocab, torch.device("cpu"))
+    ids = tokens[0].tolist()
     if len(ids) > MAX_TOKENS:
         raise InputError(f"the prompt has {len(ids):,} tokens; the pages take at most {MAX_TOKENS:,}, so shorten it")
-    highest = max(ids)
-    if highest >= model.config.d_vocab or min(ids) < 0:
-        bad = highest if highest >= model.config.d_vocab else min(ids)
-        raise InputError(f"token id {bad} is outside the vocabulary; ids run from 0 to {model.config.d_vocab - 1}")
     return View(model, checkpoint, tuple(ids), _texts(checkpoint, tuple(ids), model), Path(name).name or name)
 
 

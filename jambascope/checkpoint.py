@@ -99,10 +99,14 @@ def _download(hub_id: str, revision: str | None, weights: bool) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as e:  # the hub client raises many kinds, from the network down
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(
-            f"{hub_id!r} is not a directory here and could not be fetched from the hub: {reason}"
+            f"{hub_id!r} is not a directory here and could not be fetched from the hub: {_reason(e)}"
         ) from e
+
+
+def _reason(e: Exception) -> str:
+    """The first line of another library's message, which may be empty or run over pages."""
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
 def read_config(directory: Path) -> tuple[JambaConfig, str]:
@@ -285,9 +289,8 @@ def load_tokenizer(directory: Path) -> Any:
             warnings.simplefilter("ignore")
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # whatever a damaged tokenizer file makes transformers or tokenizers raise
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(
-            f"the tokenizer in {directory} cannot be opened ({reason}); "
+            f"the tokenizer in {directory} cannot be opened ({_reason(e)}); "
             "restore its files, or remove them to use token ids"
         ) from e
 

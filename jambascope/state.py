@@ -7,7 +7,6 @@ only when it has ended, so that an exception (in a hook, say) leaves the state a
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -252,4 +251,4 @@ class Run:
         for layer, update in self._updates.items():
             self.state.layers[layer] = update
         self.state.length += self.length
-        self.state.mask = copy.copy(self.full_mask)
+        self.state.mask = self.full_mask
