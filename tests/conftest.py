@@ -1,4 +1,5 @@
-"""One thread for every test process and its children, set before torch is imported.
+"""Set before torch and triton are imported: one thread for every test process and its children, Triton interpreted
+where there is no GPU.
 
 The models are tiny: a second thread gives nothing, and costs minutes when two processes want the same core.
 """
@@ -6,3 +7,16 @@ The models are tiny: a second thread gives nothing, and costs minutes when two p
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton kernels are tested: on the GPU, or in the interpreter."""
+    pytest.importorskip("triton", reason="the kernels for GPUs need the triton package (extra 'test' on Linux)")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
