@@ -21,6 +21,16 @@ def _float_from_bits(typingctx, bits):
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def _reciprocal(typingctx, v):
+    """1 / v. numba's own division may raise ZeroDivisionError, a branch that keeps the loop around it scalar."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fdiv(ir.Constant(ir.FloatType(), 1.0), args[0])
+
+    return types.float32(types.float32), codegen
+
+
 @njit(inline="always", fastmath=FAST)
 def exp2(v):
     """2**v to 1e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
@@ -39,4 +49,4 @@ def exp2(v):
 
 @njit(inline="always", fastmath=FAST)
 def sigmoid(v):
-    return np.float32(1.0) / (np.float32(1.0) + exp2(np.float32(-1.4426950408889634) * v))
+    return _reciprocal(np.float32(1.0) + exp2(np.float32(-1.4426950408889634) * v))
