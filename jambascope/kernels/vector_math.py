@@ -22,13 +22,13 @@ def _float_from_bits(typingctx, bits):
 
 
 @intrinsic
-def _reciprocal(typingctx, v):
-    """1 / v. numba's own division may raise ZeroDivisionError, a branch that keeps the loop around it scalar."""
+def _divide(typingctx, a, b):
+    """a / b. numba's own division may raise ZeroDivisionError, a branch that keeps the loop around it scalar."""
 
     def codegen(context, builder, signature, args):
-        return builder.fdiv(ir.Constant(ir.FloatType(), 1.0), args[0])
+        return builder.fdiv(*args)
 
-    return types.float32(types.float32), codegen
+    return types.float32(types.float32, types.float32), codegen
 
 
 @njit(inline="always", fastmath=FAST)
@@ -49,4 +49,19 @@ def exp2(v):
 
 @njit(inline="always", fastmath=FAST)
 def sigmoid(v):
-    return _reciprocal(np.float32(1.0) + exp2(np.float32(-1.4426950408889634) * v))
+    return _divide(np.float32(1.0), np.float32(1.0) + exp2(np.float32(-1.4426950408889634) * v))
+
+
+@njit(inline="always", fastmath=FAST)
+def softplus(v):
+    """log(1 + e**v) to 2e-7 relative: max(v, 0) + log1p(e**-|v|), the logarithm by the series of artanh."""
+    u = exp2(np.float32(-1.4426950408889634) * abs(v))
+    s = _divide(u, np.float32(2.0) + u)
+    z = s * s
+    p = np.float32(1.0 / 11.0)
+    p = p * z + np.float32(1.0 / 9.0)
+    p = p * z + np.float32(1.0 / 7.0)
+    p = p * z + np.float32(1.0 / 5.0)
+    p = p * z + np.float32(1.0 / 3.0)
+    p = p * z + np.float32(1.0)
+    return max(v, np.float32(0.0)) + np.float32(2.0) * s * p
