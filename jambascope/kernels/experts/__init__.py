@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float, Int
 
 from jambascope.errors import ConfigError
-from jambascope.kernels.experts import cpu, reference
+from jambascope.kernels import triton_runtime
+from jambascope.kernels.experts import cpu, reference, triton
 from jambascope.kernels.experts.int8 import ExpertsInt8
 
 __all__ = ["ExpertsInt8", "experts"]
 
-_BACKENDS = {"reference": reference.experts, "cpu": cpu.experts}
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BACKENDS = {"reference": reference.experts, "cpu": cpu.experts, "triton": triton.experts}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def experts(
@@ -36,15 +37,23 @@ def experts(
         weights: the router's probabilities for them, used as they are (Jamba does not renormalise).
         gate_up: gate rows first, then up rows.
         addends: return the terms of the sum, [token slot d_model], instead.
-        backend: ``"auto"`` takes ``cpu`` for float32, bfloat16 and float16 on a CPU, else ``reference``.
+        backend: ``"auto"`` takes ``triton`` on a GPU where it is installed and ``cpu`` on a CPU, both for float32,
+            bfloat16 and float16, else ``reference``.
 
     Raises:
         ConfigError: an unknown backend, or one that does not take these tensors.
-        InputError: an index out of range, where it can be seen without waiting for a device.
+        InputError: an index out of range, where that can be seen without waiting for a device.
     """
-    fits_cpu = x.device.type == "cpu" and x.dtype in _CPU_DTYPES
+    fits = {
+        "reference": True,
+        "cpu": x.device.type == "cpu" and x.dtype in _DTYPES,
+        "triton": x.dtype in _DTYPES and triton_runtime.can_launch(x),
+    }
     if backend == "auto":
-        backend = "cpu" if fits_cpu else "reference"
+        on_gpu = x.device.type == "cuda" and fits["triton"]
+        backend = "triton" if on_gpu else "cpu" if fits["cpu"] else "reference"
     if backend not in _BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of {sorted(_BACKENDS)}; use 'auto' to have one chosen")
+    if not fits[backend]:
+        raise ConfigError(f"backend={backend!r} does not take {x.dtype} on {x.device} here; use 'auto'")
     return _BACKENDS[backend](x, indices, weights, gate_up, down, addends)

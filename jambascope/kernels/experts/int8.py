@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Float32, Int8
 from torch import nn
 
+QUANTIZE = "experts_int8"
+"""The name of the method, where a model is loaded."""
 LEVELS = 127
 """Symmetric: -127..127 around zero."""
 
@@ -57,3 +59,8 @@ class ExpertsInt8(nn.Module):
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.values.device)
         return self
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any expert weight of the model is int8."""
+    return any(isinstance(module, ExpertsInt8) for module in model.modules())
