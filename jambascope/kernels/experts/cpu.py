@@ -186,7 +186,9 @@ def _forward(
     """The layer's output, and in ``keep`` [P 2F], if there, gate and up of the sorted pairs."""
     (tokens, d_model), slots, d_mlp = x.shape, indices.shape[1], down.values.shape[2]
     kind = torch.float32 if gate_up.scale is not None else x.dtype
-    out = torch.empty(tokens * slots if addends else tokens, d_model, dtype=x.dtype)
+    # Not a view of anything when it is returned: hooks may edit it in place.
+    out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model), dtype=x.dtype)
+    out_rows = out.view(-1, d_model)
     x, flat_weights, gate_up, down = x.detach().contiguous(), weights.detach().reshape(-1), *_detached(gate_up, down)
     for block in _blocks(indices, len(gate_up.values)):
         staging = _scratch.take(len(block.order) * d_model * kind.itemsize)
@@ -194,9 +196,9 @@ def _forward(
         kept = None if keep is None else keep[block.pairs]
         block_x, block_weights = x[block.tokens], flat_weights[block.pairs]
         _run_tasks(block, slots, block_x, block_weights, gate_up, down, d_mlp, kept, rows)
-        _combine(block, 1 if addends else slots, rows, out[block.pairs if addends else block.tokens])
+        _combine(block, 1 if addends else slots, rows, out_rows[block.pairs if addends else block.tokens])
         _scratch.give(staging)
-    return out.view(tokens, slots, d_model) if addends else out
+    return out
 
 
 def _detached(*weights: _Weight) -> list[_Weight]:
