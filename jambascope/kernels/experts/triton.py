@@ -49,7 +49,7 @@ def dact_blocks(dtype: torch.dtype, rows_per_expert: float) -> Blocks:
     """The SwiGLU's adjoint holds five tiles at its end: more warps to hold them."""
     if dtype == torch.float32 or rows_per_expert <= 16:
         return gate_up_blocks(dtype, rows_per_expert)
-    return Blocks(64, 64, 32, 8, 3)
+    return Blocks(64, 32, 64, 8, 3)
 
 
 def gradient_blocks(dtype: torch.dtype) -> Blocks:
