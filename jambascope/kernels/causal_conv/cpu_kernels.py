@@ -18,7 +18,6 @@ import numpy as np
 from numba import njit
 from numba.cpython.unsafe.tuple import tuple_setitem
 
-from jambascope.kernels.vector_math import FAST
 from jambascope.kernels.vectors import LANES, load, load_every, repeat, sigmoid, splat, store
 
 CHUNK = 32
@@ -64,14 +63,14 @@ def _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps):
     return window
 
 
-@njit(inline="always", fastmath=FAST)
+@njit(inline="always")
 def _dot(weights, window, sums):
     for k in range(len(weights)):
         sums = sums + weights[k] * window[k]
     return sums
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True)
 def forward(start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, taps, silu, out):
     """weight [E K]; bias [E]; past [B K-1 E]; out [B T E]. E at least LANES: the last block overlaps its neighbour."""
     K = len(taps)
@@ -95,13 +94,13 @@ def forward(start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, ta
                 store(out, (b * T + t) * E + e, v)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True)
 def backward_weights(
     start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, taps, silu, dout, through, grad_weight, grad_bias
 ):
     """``through`` [B T E]: the gradient before SiLU; grad_weight [items K E] and grad_bias [items E] are per item."""
     K = len(taps)
-    zero, one = splat(np.float32(0.0)), splat(np.float32(1.0))
+    zero, one = splat(np.float32(0.0)), np.float32(1.0)
     chunks = -(-T // CHUNK)
     for item in range(start, stop):
         b, first = item // chunks, item % chunks * CHUNK
@@ -124,7 +123,7 @@ def backward_weights(
                 if silu:
                     v = _dot(weights, window, offset)
                     s = sigmoid(v)
-                    g = g * (s * (one + v * (one - s)))
+                    g = g * (s * (v * (one - s) + one))
                 store(through, (b * T + t) * E + e, g)
                 sum_bias = sum_bias + g
                 for k in range(K):
@@ -134,7 +133,7 @@ def backward_weights(
                 store(grad_weight, (item * K + k) * E + e, sums[k])
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True)
 def backward_inputs(start, stop, T, E, weight, target, taps, through, grad_x, grad_past):
     """grad_x [B T E] and grad_past [B K-1 E]; a work item is CHUNK of a row's K - 1 + T inputs."""
     K = len(taps)
@@ -166,7 +165,7 @@ def backward_inputs(start, stop, T, E, weight, target, taps, through, grad_x, gr
                     store(grad_x, (b * T + j - P) * E + e, g)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True)
 def step(B, E, x, x_batch, past, weight, bias, taps, silu, out, new_past):
     """One position: out [B E], and the past [B K-1 E] that the next one meets."""
     K = len(taps)

@@ -2,25 +2,33 @@
 
 ``reference``  short torch, any device and dtype: the definition every other backend is tested against
 ``cpu``        numba loops, float32, forward and backward
-``triton``     CUDA and ROCm: the next backend; until it lands GPU tensors take ``reference``
+``triton``     CUDA and ROCm, and Triton's interpreter
+``mamba_ssm``  its CUDA kernel, where that package is installed: for calls without states in or out of the middle
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 
 from jambascope.errors import ConfigError, InputError
-from jambascope.kernels.selective_scan import cpu, reference
-from jambascope.kernels.selective_scan.interface import ScanResult, StateEdits
+from jambascope.kernels import triton_runtime
+from jambascope.kernels.selective_scan.interface import (
+    Options,
+    ScanResult,
+    StateEdits,
+    checked_indices,
+    make_marks,
+)
 
 __all__ = ["ScanResult", "StateEdits", "selective_scan"]
 
-Backend = Literal["auto", "reference", "cpu"]
-_BACKENDS = {"reference": reference.selective_scan, "cpu": cpu.selective_scan}
+Backend = Literal["auto", "reference", "cpu", "triton", "mamba_ssm"]
+BACKENDS = ("reference", "cpu", "triton", "mamba_ssm")
 
 
 def selective_scan(
@@ -32,57 +40,78 @@ def selective_scan(
     D: Float[torch.Tensor, d_inner] | None = None,
     *,
     gate: Float[torch.Tensor, "batch pos d_inner"] | None = None,
+    dt_bias: Float[torch.Tensor, d_inner] | None = None,
+    dt_softplus: bool = False,
     initial_state: Float[torch.Tensor, "batch d_inner d_state"] | None = None,
-    capture: Int[torch.Tensor, capture] | Sequence[int] | Literal["all"] | None = None,
+    mask: Bool[torch.Tensor, "batch pos"] | None = None,
+    resets: Bool[torch.Tensor, "batch pos"] | None = None,
+    capture: Sequence[int] | Literal["all"] | None = None,
+    capture_channels: Sequence[int] | None = None,
     edits: StateEdits | None = None,
     backend: Backend = "auto",
 ) -> ScanResult:
     """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``;  ``y_t = C_t h_t + D x_t``, times ``SiLU(gate_t)`` if given.
 
-    Mamba, arXiv 2312.00752, equations 2 and 4. ``dt`` is the step size after softplus; a position with
-    ``dt = 0`` leaves the state as it was (padding).
+    Mamba, arXiv 2312.00752, equations 2 and 4. A position with ``dt = 0`` leaves the state as it was.
 
     Args:
-        x, dt, gate: [B T E].  A: [E N], negative.  B, C: [B T N].  D: [E].
+        x, dt, gate: [B T E].  A: [E N], negative.  B, C: [B T N].  D, dt_bias: [E].
+        dt_bias, dt_softplus: the step size is ``softplus(dt + dt_bias)``, computed in float32; without them ``dt``
+            is the step size itself.
         initial_state: [B E N], the state before the first position; zeros when absent.
-        capture: positions (ascending, distinct) whose states to return, or ``"all"``.
+        mask: [B T], true at tokens. Padding, wherever it stands, leaves the state as it was, and ``y`` is 0 there.
+        resets: [B T], true at the first token of each document packed into a row: it remembers nothing before it.
+        capture: positions (ascending, distinct) whose states to return, after their edits, or ``"all"``.
+        capture_channels: the channels (ascending, distinct) whose states to return; all when absent.
         edits: affine edits of the state; what they set flows on into later positions.
-        backend: ``"auto"`` takes ``cpu`` for float32, bfloat16 and float16 on a CPU, else ``reference``.
+        backend: ``"auto"`` takes ``triton`` on a GPU where it is installed, ``cpu`` for float32, bfloat16 and float16
+            on a CPU, else ``reference``.
 
     Returns:
-        ``ScanResult(y [B T E], final_state [B E N], captured [B E capture N] or None)``; all differentiable,
+        ``ScanResult(y [B T E], final_state [B E N], captured [B channel capture N] or None)``; all differentiable,
         also with respect to ``initial_state`` and the edits. States are float32 (float64 for float64 input).
 
     Raises:
         ConfigError: an unknown backend, or one that cannot take these tensors.
-        InputError: shapes that do not fit, or positions outside ``0..T-1``, unsorted or repeated.
+        InputError: shapes that do not fit, or positions or channels out of range, unsorted or repeated.
     """
-    length = x.shape[1]
-    _check_shapes(x, dt, A, B, C, D, gate, initial_state)
-    if isinstance(capture, str):
-        capture = torch.arange(length)
-    elif capture is not None:
-        capture = _checked_positions(torch.as_tensor(capture, dtype=torch.long), length, "capture")
+    length, d_inner = x.shape[1:]
+    _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets)
+    if capture is not None:
+        capture = checked_indices(capture, length, "capture", "positions")
+    if capture_channels is not None:
+        if capture is None:
+            raise InputError("capture_channels says which channels to capture; give capture (positions) too")
+        capture_channels = checked_indices(capture_channels, d_inner, "capture_channels", "channels")
     if edits is not None:
-        expected = (x.shape[0], x.shape[2], len(edits.positions), A.shape[1])
-        for name in ("scale", "shift"):
-            if tuple(getattr(edits, name).shape) != expected:
-                raise InputError(
-                    f"edits.{name} has shape {tuple(getattr(edits, name).shape)}; give {expected} [B E P N]"
-                )
-        edits = edits._replace(positions=_checked_positions(edits.positions, length, "edits.positions"))
-    if backend == "auto":
-        backend = "cpu" if x.device.type == "cpu" and x.dtype != torch.float64 else "reference"
-    if backend not in _BACKENDS:
-        raise ConfigError(f"backend={backend!r} is not one of {sorted(_BACKENDS)}; use 'auto' to have one chosen")
-    if backend == "cpu" and (x.device.type != "cpu" or x.dtype == torch.float64):
+        edits = _checked_edits(edits, x, A)
+    options = Options(
+        gate, dt_bias, dt_softplus, initial_state, make_marks(mask, resets), capture, capture_channels, edits
+    )
+    return _backend(backend, x)(x, dt, A, B, C, D, options)
+
+
+def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
+    if name == "auto":
+        if x.device.type == "cpu":
+            name = "reference" if x.dtype == torch.float64 else "cpu"
+        else:
+            name = "triton" if triton_runtime.can_launch(x) and x.dtype != torch.float64 else "reference"
+    if name not in BACKENDS:
+        raise ConfigError(f"backend={name!r} is not one of {list(BACKENDS)}; use 'auto' to have one chosen")
+    if name != "reference" and x.dtype == torch.float64:
+        raise ConfigError(f"backend={name!r} computes in float32, not {x.dtype}; use 'auto' or 'reference'")
+    if name == "cpu" and x.device.type != "cpu":
+        raise ConfigError(f"backend='cpu' cannot read a tensor on {x.device}; use 'auto' or move it to the CPU")
+    if name == "triton" and not triton_runtime.can_launch(x):
         raise ConfigError(
-            f"backend='cpu' computes in float32 on the CPU, not {x.dtype} on {x.device}; use 'auto' or 'reference'"
+            f"backend='triton' cannot run on {x.device}: it needs a GPU and the triton package, or TRITON_INTERPRET=1 "
+            "set before the first scan; use 'auto'"
         )
-    return _BACKENDS[backend](x, dt, A, B, C, D, gate, initial_state, capture, edits)
+    return import_module(f"jambascope.kernels.selective_scan.{name}").selective_scan
 
 
-def _check_shapes(x, dt, A, B, C, D, gate, initial_state) -> None:
+def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets) -> None:
     batch, length, d_inner = x.shape
     d_state = A.shape[-1]
     if length == 0:
@@ -94,15 +123,23 @@ def _check_shapes(x, dt, A, B, C, D, gate, initial_state) -> None:
         "C": (C, (batch, length, d_state)),
         "D": (D, (d_inner,)),
         "gate": (gate, (batch, length, d_inner)),
+        "dt_bias": (dt_bias, (d_inner,)),
         "initial_state": (initial_state, (batch, d_inner, d_state)),
+        "mask": (mask, (batch, length)),
+        "resets": (resets, (batch, length)),
     }
     for name, (value, shape) in expected.items():
         if value is not None and tuple(value.shape) != shape:
             raise InputError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} it must be {shape}")
+    for name, value in (("mask", mask), ("resets", resets)):
+        if value is not None and value.dtype != torch.bool:
+            raise InputError(f"{name} is {value.dtype}; give booleans ({name}.bool())")
 
 
-def _checked_positions(positions: torch.Tensor, length: int, name: str) -> torch.Tensor:
-    values = positions.tolist()
-    if any(not 0 <= p < length for p in values) or any(b <= a for a, b in zip(values, values[1:], strict=False)):
-        raise InputError(f"{name}={values[:8]} must be ascending, distinct positions within 0..{length - 1}")
-    return positions
+def _checked_edits(edits: StateEdits, x: torch.Tensor, A: torch.Tensor) -> StateEdits:
+    positions = checked_indices(edits.positions, x.shape[1], "edits.positions", "positions")
+    expected = (x.shape[0], x.shape[2], len(positions), A.shape[1])
+    for name in ("scale", "shift"):
+        if tuple(getattr(edits, name).shape) != expected:
+            raise InputError(f"edits.{name} has shape {tuple(getattr(edits, name).shape)}; give {expected} [B E P N]")
+    return edits._replace(positions=positions)

@@ -5,7 +5,7 @@ Symbols (Mamba, arXiv 2312.00752, section 3; axis letters as everywhere in this 
     B batch   T position   E channel (d_inner)   N state (d_state)
 
     x   [B T E]   input of the scan (after conv and SiLU)
-    dt  [B T E]   step size, already through softplus, > 0
+    dt  [B T E]   step size, > 0: softplus(dt + dt_bias) where asked for
     A   [E N]     continuous decay, < 0
     B,C [B T N]   input and output maps, one per position
     D   [E]       skip connection
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum
 
-from jambascope.kernels.selective_scan.interface import ScanResult, StateEdits
+from jambascope.kernels.selective_scan.interface import PADDING, RESET, Options, ScanResult
 
 
 def selective_scan(
@@ -31,37 +31,48 @@ def selective_scan(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    capture: torch.Tensor | None,
-    edits: StateEdits | None,
+    options: Options,
 ) -> ScanResult:
     """See :func:`jambascope.kernels.selective_scan.selective_scan`; one Python step per position."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, length, d_inner = x.shape
     out_dtype, x, dt, A, B, C = x.dtype, x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
-    h = x.new_zeros(batch, d_inner, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    h = options.initial_state
+    h = x.new_zeros(batch, d_inner, A.shape[1]) if h is None else h.to(dtype)
+    if options.dt_bias is not None:
+        dt = dt + options.dt_bias.to(dtype)
+    if options.dt_softplus:
+        dt = F.softplus(dt)
+    padding = resets = None
+    if options.marks is not None:
+        padding, resets = (options.marks & PADDING).bool(), (options.marks & RESET).bool()
+        x, dt = x.masked_fill(padding[..., None], 0.0), dt.masked_fill(padding[..., None], 0.0)
+    edits = options.edits
     edit_at = {} if edits is None else {int(p): i for i, p in enumerate(edits.positions)}
-    keep = set() if capture is None else {int(p) for p in capture}
+    keep = set() if options.capture is None else {int(p) for p in options.capture}
 
-    ys, kept = [], {}
+    ys, kept = [], []
     for t in range(length):
+        if resets is not None:
+            h = h.masked_fill(resets[:, t, None, None], 0.0)
         decay = torch.exp(einsum(dt[:, t], A, "b e, e n -> b e n"))
         write = einsum(dt[:, t] * x[:, t], B[:, t], "b e, b n -> b e n")
         h = decay * h + write
         if t in edit_at:
             h = h * edits.scale[:, :, edit_at[t]].to(dtype) + edits.shift[:, :, edit_at[t]].to(dtype)
         if t in keep:
-            kept[t] = h
+            kept.append(h if options.channels is None else h[:, torch.as_tensor(options.channels)])
         ys.append(einsum(h, C[:, t], "b e n, b n -> b e"))
 
     y = torch.stack(ys, dim=1)
     if D is not None:
         y = y + D.to(dtype) * x
-    if gate is not None:
-        y = y * F.silu(gate.to(dtype))
+    if options.gate is not None:
+        y = y * F.silu(options.gate.to(dtype))
+    if padding is not None:
+        y = y.masked_fill(padding[..., None], 0.0)
     captured = None
-    if capture is not None:
-        empty = h.new_empty(batch, d_inner, 0, A.shape[1])
-        captured = torch.stack([kept[int(p)] for p in capture], dim=2) if len(capture) else empty
+    if options.capture is not None:
+        channels = d_inner if options.channels is None else len(options.channels)
+        captured = torch.stack(kept, dim=2) if kept else h.new_empty(batch, channels, 0, A.shape[1])
     return ScanResult(y.to(out_dtype), h, captured)
