@@ -29,7 +29,7 @@ from jambascope.kernels.ssd.interface import SSDResult
 
 CHUNK = 64
 """Positions per chunk."""
-SPARSE = 16
+SPARSE = 4
 """Mean distance of captured and edited positions above which segments are faster than the trajectory."""
 SPAN_ELEMENTS = 1 << 22
 """Decays [B c H Q Q] that are held at a time: bounds what a long pass without gradients needs beyond its input."""
@@ -190,7 +190,7 @@ def _read(states: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
 
 
 def _trajectory(x, dt, A, B, C, h, resets, capture, edits):
-    """As ``_segments``, by way of every state: two loops of about sqrt(T) steps, over chunks side by side.
+    """As ``_segments``, by way of every state: loops of about sqrt(T) steps, over all chunks side by side.
 
     With edits the decay differs from entry to entry of a state, and a chunk is no longer a product of matrices.
     """
@@ -207,22 +207,26 @@ def _trajectory(x, dt, A, B, C, h, resets, capture, edits):
     B = _to_chunks(B, count, size).repeat_interleave(heads // B.shape[2], dim=3)
     B = rearrange(B, "b c q h n -> q b h 1 c n")
 
-    # Each chunk from a state of zero, and what is left at each position of the state before the chunk.
-    u, left = torch.zeros((), dtype=x.dtype, device=x.device), torch.ones_like(keep[0])
-    us, lefts = [], []
-    for s in range(size):
-        u, left = torch.addcmul(x[s] * B[s], keep[s], u), keep[s] * left
-        if scale is not None:
-            u, left = torch.addcmul(shift[..., s, :], scale[..., s, :], u), scale[..., s, :] * left
-        us.append(u)
-        lefts.append(left)
+    def steps(u):
+        """The states [B H P c N] of all chunks at positions 0, 1, ... of a chunk, from u before them."""
+        for s in range(size):
+            u = torch.addcmul(x[s] * B[s], keep[s], u)
+            if scale is not None:
+                u = torch.addcmul(shift[..., s, :], scale[..., s, :], u)
+            yield u
+
+    # What each chunk adds to the state, by stepping from zero, and the share of the state before it that it leaves.
+    added, left = torch.zeros((), dtype=x.dtype, device=x.device), keep.prod(0)
+    for added in steps(added):
+        pass
+    if scale is not None:
+        left = left * scale.prod(4)
     starts = []
     for c in range(count):
         starts.append(h)
-        h = torch.addcmul(u[..., c, :], left[..., c, :], h)
-    before = torch.stack(starts, dim=3)  # [B H P c N]
-    states = [torch.addcmul(u, left, before) for u, left in zip(us, lefts, strict=True)]
-    states = torch.stack(states, dim=4).flatten(3, 4)[:, :, :, :length]  # [B H P T N]
+        h = torch.addcmul(added[..., c, :], left[..., c, :], h)
+    states = torch.stack(list(steps(torch.stack(starts, dim=3))), dim=4)
+    states = states.flatten(3, 4)[:, :, :, :length]  # [B H P T N]
     captured = None
     if capture is not None:
         captured = states if len(capture) == length else states[:, :, :, capture]
