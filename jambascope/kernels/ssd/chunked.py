@@ -18,6 +18,7 @@ lie closer than ``SPARSE`` positions the whole trajectory of states is computed 
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -216,9 +217,8 @@ def _trajectory(x, dt, A, B, C, h, resets, capture, edits):
             yield u
 
     # What each chunk adds to the state, by stepping from zero, and the share of the state before it that it leaves.
-    added, left = torch.zeros((), dtype=x.dtype, device=x.device), keep.prod(0)
-    for added in steps(added):
-        pass
+    added = deque(steps(torch.zeros((), dtype=x.dtype, device=x.device)), maxlen=1).pop()
+    left = keep.prod(0)
     if scale is not None:
         left = left * scale.prod(4)
     starts = []
