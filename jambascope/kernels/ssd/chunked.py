@@ -128,13 +128,13 @@ def _chunks(x, dt, A, B, C, h, resets, chunk_size):
 
     a = (dt.double() * A.double()).cumsum(2)  # [B c Q H]
     # a = rounded + rest: differences of float32 sums alone would lose what the decay of one position is.
-    rounded = a.to(x.dtype)
-    rest = (a - rounded).to(x.dtype).detach()
+    rounded = a.detach().to(x.dtype)
+    rest = (a.detach() - rounded).to(x.dtype)
     to_end, from_start = torch.exp(a[:, :, -1:] - a).to(x.dtype), torch.exp(a).to(x.dtype)
     if doc is not None:
         to_end = to_end.masked_fill((doc != doc[:, :, -1:])[..., None], 0.0)
         from_start = from_start.masked_fill((doc != 0)[..., None], 0.0)
-    decay = _decays(rounded, doc)  # [B c H t s]
+    decay = _Decays.apply(a, rounded, doc)  # [B c H t s]
 
     written = x * (dt * to_end)[..., None]
     B, C = B.transpose(2, 3), C.transpose(2, 3)  # [B c G Q N]
@@ -142,9 +142,9 @@ def _chunks(x, dt, A, B, C, h, resets, chunk_size):
     starts, h = _pass_on(h, sums, from_start[:, :, -1])  # [B c G N (r P)]
 
     scores = C @ B.mT  # [B c G t s]
-    decay = decay.unflatten(2, (groups, heads // groups)) * scores[:, :, :, None]
+    weights = decay.unflatten(2, (groups, heads // groups)) * scores[:, :, :, None]
     x = x * (dt * torch.exp(-rest))[..., None]
-    within = decay.flatten(2, 3) @ x.transpose(2, 3)  # [B c H t P]
+    within = weights.flatten(2, 3) @ x.transpose(2, 3)  # [B c H t P]
     y = within.transpose(2, 3) * torch.exp(rest)[..., None]
     before = rearrange(C @ starts, "b c g t (r p) -> b c t (g r) p", p=d_head)
     y = torch.addcmul(y, before, from_start[..., None])
@@ -159,14 +159,31 @@ def _to_chunks(v: torch.Tensor, count: int, size: int) -> torch.Tensor:
     return v.unflatten(1, (count, size))
 
 
-def _decays(a: torch.Tensor, doc: torch.Tensor | None) -> torch.Tensor:
-    """exp(a_t - a_s) where s <= t lies in the document of t, else 0: [B c H t s]."""
-    a = a.transpose(2, 3)
-    size = a.shape[-1]
-    outside = torch.ones(size, size, dtype=torch.bool, device=a.device).triu(1)
-    if doc is not None:
-        outside = outside | (doc[:, :, :, None] != doc[:, :, None, :])[:, :, None]
-    return (a[..., :, None] - a[..., None, :]).masked_fill_(outside, -math.inf).exp_()
+class _Decays(torch.autograd.Function):
+    """exp(a_t - a_s) where s <= t lies in the document of t, else 0: [B c H t s], from a [B c Q H] in float64.
+
+    By hand for the backward: what reaches a_t and a_s nearly cancels in the sum over positions that follows, and does
+    so exactly only if both are summed in float64 from the same numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, a, rounded, doc):
+        rounded = rounded.transpose(2, 3)
+        size = rounded.shape[-1]
+        outside = torch.ones(size, size, dtype=torch.bool, device=a.device).triu(1)
+        if doc is not None:
+            outside = outside | (doc[:, :, :, None] != doc[:, :, None, :])[:, :, None]
+        decay = (rounded[..., :, None] - rounded[..., None, :]).masked_fill_(outside, -math.inf).exp_()
+        ctx.save_for_backward(decay)
+        return decay
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (decay,) = ctx.saved_tensors
+        per_pair = gradient * decay
+        grad_a = per_pair.sum(-1, dtype=torch.float64) - per_pair.sum(-2, dtype=torch.float64)
+        return grad_a.transpose(2, 3), None, None
 
 
 def _pass_on(h, sums, decay):
