@@ -6,9 +6,7 @@ import threading
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jambascope import HookedJamba
 from jambascope.errors import ConfigError, HookError, InputError
 from jambascope.kernels.experts import ExpertsInt8, experts
 from jambascope.kernels.experts.int8 import quantize_rows
@@ -221,31 +219,57 @@ def test_wrong_backends_are_refused(dtype, backend, message):
         experts(**arguments, backend=backend)
 
 
+class _Launches:
+    """Stands for a kernel, and notes its grid."""
+
+    def __init__(self, grids):
+        self.grids = grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **options: None
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_nothing_waits_for_the_device(tokens, quantized, triton_device):
-    """On tensors that hold no data: whatever reads a value, or a shape that depends on one, raises."""
-    with FakeTensorMode(), torch.device("cuda"):
-        x, weights = torch.empty(tokens, 32, requires_grad=True), torch.empty(tokens, 2)
+def test_nothing_waits_for_the_device(tokens, quantized, triton_device, fake_cuda, monkeypatch):
+    """On tensors that hold no data, where reading a value raises; also what happens inside the launches' operators."""
+    from jambascope.kernels.experts import triton, triton_kernels
+
+    grids = []
+    for name in [n for n in vars(triton_kernels) if n.endswith("_kernel")]:
+        monkeypatch.setattr(triton_kernels, name, _Launches(grids))
+    with fake_cuda(), torch.device("cuda"), torch.no_grad():
+        x, weights = torch.empty(tokens, 32), torch.empty(tokens, 2)
         indices = torch.empty(tokens, 2, dtype=torch.int64)
-        gate_up, down = torch.empty(5, 48, 32, requires_grad=not quantized), torch.empty(5, 32, 24)
+        gate_up, down = torch.empty(5, 48, 32), torch.empty(5, 32, 24)
         if quantized:
             gate_up, down = (ExpertsInt8.empty(w.shape, "cuda") for w in (gate_up, down))
+        pieces = [*triton._parts(gate_up), *triton._parts(down)]
         for addends in (False, True):
+            shape = (tokens, 2, 32) if addends else (tokens, 32)
             out = experts(x, indices, weights, gate_up, down, addends=addends)
-            assert out.shape == ((tokens, 2, 32) if addends else (tokens, 32)) and out.device.type == "cuda"
-            out.sum().backward()
-            assert x.grad.shape == x.shape
-            with torch.no_grad():
-                assert experts(x, indices, weights, gate_up, down, addends=addends).shape == out.shape
+            assert out.shape == shape and out.device.type == "cuda"
+            for keep in (False, True):
+                results = [
+                    op(x, indices, weights, *pieces, addends, keep) for op in (triton._forward, triton._forward._init_fn)
+                ]
+                assert results[0][0].shape == shape
+                assert [r.shape for r in results[0]] == [r.shape for r in results[1]]
+            needs = (True, not quantized, not quantized)
+            saved = (x, weights, pieces[0], pieces[2], pieces[1], pieces[3], *results[0][1:])
+            results = [op(results[0][0], *saved, *needs) for op in (triton._backward, triton._backward._init_fn)]
+            assert [(r.shape, r.dtype) for r in results[0]] == [(r.shape, r.dtype) for r in results[1]]
+    assert grids and all(isinstance(size, int) for grid in grids for size in grid)
 
 
-def test_an_edited_route_is_checked_without_waiting(small_config):
+def test_an_edited_route_is_checked_without_waiting(small_config, triton_device, fake_cuda):
     """The check of indices that a hook returns, and the rest of the layer, on tensors that hold no data."""
+    from jambascope.moe import MoE
     from jambascope.state import Run
 
-    with FakeTensorMode(), torch.device("cuda"):
-        moe = HookedJamba(small_config, device="meta").to_empty(device="cuda").blocks[1].mlp
+    with fake_cuda(), torch.device("cuda"), torch.no_grad():
+        moe = MoE(small_config)
         for heard in (False, True):
             if heard:
                 moe.router.hook_expert_indices.add_hook(lambda value, hook: value + 1)
