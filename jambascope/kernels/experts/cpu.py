@@ -32,8 +32,8 @@ SLICE = 1 << 18
 """Weights widened to float32 at a time, where they are stored in another type."""
 KEPT_BYTES = 32 << 20
 """Scratch buffers beyond this size are given back to the system."""
-RECOMPUTE_TO = 256
-"""d_model up to which the backward computes gate and up again: cheaper there than memory to keep them in."""
+COMBINE_SERIAL_BELOW = 65_536
+"""Numbers below which waking another thread to add them up costs more than it saves."""
 
 
 # -- scratch memory and weights ------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def experts(
         return _Experts.apply(*inputs, gate_up_.scale, down_.scale, indices, addends)
     if indices.numel() <= FEW_PAIRS:
         return _few(x, indices, weights, gate_up_, down_, addends)
-    return _forward(x, indices, weights, gate_up_, down_, addends, None)
+    return _forward(x, indices, weights, gate_up_, down_, addends)
 
 
 def _few(
@@ -187,12 +187,13 @@ class _Block(NamedTuple):
     """Where each expert's pairs begin in ``order``, and where they end."""
 
     def tasks(self) -> list[tuple[int, int, int]]:
-        """(expert, first row, last row and one)."""
-        return [
+        """(expert, first row, last row and one), the largest first: what is left for the end is small."""
+        tasks = [
             (e, row, min(row + ROWS, stop))
             for e, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False))
             for row in range(start, stop, ROWS)
         ]
+        return sorted(tasks, key=lambda task: task[1] - task[2])
 
 
 def _blocks(indices: torch.Tensor, n_experts: int) -> list[_Block]:
@@ -215,61 +216,47 @@ def _blocks(indices: torch.Tensor, n_experts: int) -> list[_Block]:
 
 
 def _forward(
-    x: torch.Tensor,
-    indices: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: _Weight,
-    down: _Weight,
-    addends: bool,
-    keep: torch.Tensor | None,
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: _Weight, down: _Weight, addends: bool
 ) -> torch.Tensor:
-    """The layer's output, and in ``keep`` [P 2F], if there, gate and up of the sorted pairs."""
-    (tokens, d_model), slots, d_mlp = x.shape, indices.shape[1], down.values.shape[2]
-    kind = torch.float32 if gate_up.scale is not None else x.dtype
+    (tokens, d_model), slots = x.shape, indices.shape[1]
     # Not a view of anything when it is returned: hooks may edit it in place.
     out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model), dtype=x.dtype)
     out_rows = out.view(-1, d_model)
-    x, flat_weights, gate_up, down = x.detach().contiguous(), weights.detach().reshape(-1), *_detached(gate_up, down)
+    x, weights = (v.detach().to(torch.float32).contiguous() for v in (x, weights))
+    gate_up, down = _detached(gate_up, down)
     for block in _blocks(indices, len(gate_up.values)):
-        staging = _scratch.take(len(block.order) * d_model * kind.itemsize)
-        rows = _Carver(staging).matrix(len(block.order), d_model, kind)
-        kept = None if keep is None else keep[block.pairs]
-        block_x, block_weights = x[block.tokens], flat_weights[block.pairs]
-        _run_tasks(block, slots, block_x, block_weights, gate_up, down, d_mlp, kept, rows)
+        staging = _scratch.take(len(block.order) * d_model * 4)
+        rows = _Carver(staging).matrix(len(block.order), d_model, torch.float32)
+        _run_tasks(block, x[block.tokens], weights[block.tokens], gate_up, down, rows)
         _combine(block, 1 if addends else slots, rows, out_rows[block.pairs if addends else block.tokens])
         _scratch.give(staging)
     return out
 
 
 def _detached(*weights: _Weight) -> list[_Weight]:
-    return [_Weight(w.values.detach(), w.scale) for w in weights]
+    return [_Weight(w.values.detach().contiguous(), w.scale) for w in weights]
 
 
-def _run_tasks(block, slots, x, weights, gate_up, down, d_mlp, keep, out):
+def _run_tasks(
+    block: _Block, x: torch.Tensor, weights: torch.Tensor, gate_up: _Weight, down: _Weight, out: torch.Tensor
+) -> None:
     """out [pairs of the block, D] = the weighted outputs, sorted by expert."""
-    from jambascope.kernels.experts import cpu_kernels as k
+    from jambascope.kernels.experts import cpu_products as k
 
-    tasks, d_model, kind = block.tasks(), x.shape[1], out.dtype
-    x_array, weight_array = _array(x), _array(weights)
-    most = max(stop - start for _, start, stop in tasks)
-    nbytes = most * (d_model + 3 * d_mlp) * kind.itemsize + 3 * 64
-    for loop in (k.gather, k.swiglu):
-        announce_first_compile(loop)
-
-    def work(first: int, last: int) -> None:
-        buffer = _scratch.take(nbytes)
-        for e, start, stop in tasks[first:last]:
-            carver, n, order = _Carver(buffer), stop - start, block.order[start:stop]
-            inputs = carver.matrix(n, d_model, kind)
-            hidden = carver.matrix(n, 2 * d_mlp, kind) if keep is None else keep[start:stop]
-            act = carver.matrix(n, d_mlp, kind)
-            k.gather(order, slots, x_array, _array(inputs))
-            gate_up.product(e, inputs, hidden)
-            k.swiglu(order, weight_array, _array(hidden), _array(act))
-            down.product(e, act, out[start:stop])
-        _scratch.give(buffer)
-
-    run_items(work, len(tasks), serial=len(tasks) < torch.get_num_threads())
+    (tokens, d_model), slots, d_mlp = x.shape, weights.shape[1], down.values.shape[2]
+    tasks = np.array(block.tasks(), np.int64)
+    threads = min(torch.get_num_threads(), len(tasks))
+    pitch = k.scratch_floats(int((tasks[:, 2] - tasks[:, 1]).max()), d_model, d_mlp)
+    scratch = _scratch.take(threads * pitch * 4)
+    call = (ctypes.c_int64 * len(k.FIELDS))(
+        0, 0, len(tasks), tokens, slots, d_model, d_mlp, _KINDS[down.values.dtype], pitch,
+        0, tasks.ctypes.data, block.order.ctypes.data, x.data_ptr(), weights.data_ptr(),
+        gate_up.values.data_ptr(), 0 if gate_up.scale is None else gate_up.scale.data_ptr(),
+        down.values.data_ptr(), 0 if down.scale is None else down.scale.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+    )  # fmt: skip
+    call[k.BLOCK] = ctypes.addressof(call)
+    run_compiled(k.run_tasks, call, threads)
+    _scratch.give(scratch)
 
 
 def _combine(block: _Block, slots: int, rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -280,7 +267,7 @@ def _combine(block: _Block, slots: int, rows: torch.Tensor, out: torch.Tensor) -
     run_items(
         lambda start, stop: k.combine(start, stop, block.place, slots, rows_array, out_array),
         len(out),
-        serial=rows.numel() < 65_536,
+        serial=rows.numel() < COMBINE_SERIAL_BELOW,
     )
 
 
@@ -290,20 +277,14 @@ def _combine(block: _Block, slots: int, rows: torch.Tensor, out: torch.Tensor) -
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, gate_up, down, gate_up_scale, down_scale, indices, addends):
-        keep = None
-        if x.shape[1] > RECOMPUTE_TO:
-            kind = torch.float32 if gate_up_scale is not None else x.dtype
-            keep = torch.empty(indices.numel(), 2 * down.shape[2], dtype=kind)
-        ctx.save_for_backward(x, weights, gate_up, down, gate_up_scale, down_scale, indices, keep)
+        ctx.save_for_backward(x, weights, gate_up, down, gate_up_scale, down_scale, indices)
         ctx.addends = addends
-        return _forward(
-            x, indices, weights, _Weight(gate_up, gate_up_scale), _Weight(down, down_scale), addends, keep
-        )
+        return _forward(x, indices, weights, _Weight(gate_up, gate_up_scale), _Weight(down, down_scale), addends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        x, weights, gate_up, down, gate_up_scale, down_scale, indices, keep = ctx.saved_tensors
+        x, weights, gate_up, down, gate_up_scale, down_scale, indices = ctx.saved_tensors
         need_x, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
         slots, d_model = indices.shape[1], x.shape[1]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
@@ -320,7 +301,7 @@ class _Experts(torch.autograd.Function):
             dx = _Carver(staging).matrix(len(block.order), d_model, torch.float32) if need_x else None
             dy, dy_slots = (dout[block.pairs], 1) if ctx.addends else (dout[block.tokens], slots)
             _run_backward(
-                block, slots, x[block.tokens], pair_weights[block.pairs], both, None if keep is None else keep[block.pairs],
+                block, slots, x[block.tokens], pair_weights[block.pairs], both,
                 dy, dy_slots, dx, grad_weights[block.pairs], into,
             )  # fmt: skip
             if need_x:
@@ -333,7 +314,7 @@ class _Experts(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _run_backward(block, slots, x, weights, both, keep, dy, dy_slots, dx, dweights, into):
+def _run_backward(block, slots, x, weights, both, dy, dy_slots, dx, dweights, into):
     """One block's adjoint in float32; a thread takes a whole expert, whose weights' gradients it adds up in order."""
     from jambascope.kernels.experts import cpu_kernels as k
 
@@ -354,14 +335,10 @@ def _run_backward(block, slots, x, weights, both, keep, dy, dy_slots, dx, dweigh
         carver, n, order = _Carver(buffer), stop - start, block.order[start:stop]
         inputs, outputs = (carver.matrix(n, d_model, f32) for _ in range(2))
         act, dact = (carver.matrix(n, d_mlp, f32) for _ in range(2))
-        dhidden = carver.matrix(n, 2 * d_mlp, f32)
+        hidden, dhidden = (carver.matrix(n, 2 * d_mlp, f32) for _ in range(2))
         k.gather(order, slots, x_array, _array(inputs))
         k.gather(order, dy_slots, dy_array, _array(outputs))
-        if keep is None:
-            hidden = carver.matrix(n, 2 * d_mlp, f32)
-            gate_up.product(e, inputs, hidden)
-        else:
-            hidden = keep[start:stop]
+        gate_up.product(e, inputs, hidden)
         down.adjoint(e, outputs, dact)
         k.swiglu_backward(
             order, weight_array, _array(hidden), _array(dact), _array(dhidden), _array(act), dweight_array

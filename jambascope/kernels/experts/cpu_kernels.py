@@ -61,6 +61,27 @@ def narrow(typingctx, v, like):
         return like(v, like), codegen
 
 
+@intrinsic
+def address(typingctx, number):
+    """A pointer from an int64: a call with arrays costs half a microsecond for each, with numbers almost nothing."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def take(typingctx, counter):
+    """The int64 at ``counter``, which is raised by one at once for all threads."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.bitcast(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.voidptr), codegen
+
+
 @njit(nogil=True, cache=True)
 def sort_by_expert(indices, order, place, offsets):
     """A stable counting sort of pairs: indices, order, place [P]; offsets [X+1]. False if an index is out of range."""
@@ -92,18 +113,6 @@ def gather(order, slots, x, rows):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def swiglu(order, weights, hidden, act):
-    """act [R F] = weight * SiLU(gate) * up, from hidden [R 2F] = (gate, up) and weights [P]."""
-    F = act.shape[1]
-    for r in range(len(order)):
-        weight = widen(weights[order[r]])
-        gate, up, into = hidden[r, :F], hidden[r, F:], act[r]  # rows first: a computed column would not vectorise
-        for f in range(F):
-            g = widen(gate[f])
-            into[f] = narrow(weight * g * sigmoid(g) * widen(up[f]), into[f])
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
 def combine(start, stop, place, slots, rows, out):
     """out [M D] = the sum over slots of rows [P D], for tokens ``start..stop``; with one slot, rows put in order."""
     D = out.shape[1]
@@ -122,7 +131,7 @@ def combine(start, stop, place, slots, rows, out):
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 def swiglu_backward(order, weights, hidden, dact, dhidden, act, dweights):
-    """dhidden [R 2F], act [R F] and dweights [P] from dact [R F], the gradient of the (weighted) act of swiglu.
+    """dhidden [R 2F], act [R F] = weight * SiLU(gate) * up and dweights [P], from dact [R F] = dy down.
 
     <dy, down a> = <down^T dy, a>: the gradient of a routing weight needs no expert output.
     """

@@ -8,11 +8,9 @@ it at once, each taking parts until there are none.
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
 
-from jambascope.kernels.experts.cpu_kernels import SUM, widen
+from jambascope.kernels.experts.cpu_kernels import SUM, address, take, widen
 from jambascope.kernels.vector_math import sigmoid
 
 FIELDS = (
@@ -29,25 +27,6 @@ FIELDS = (
 ) = range(len(FIELDS))  # fmt: skip
 
 
-@intrinsic
-def _address(typingctx, number):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), codegen
-
-
-@intrinsic
-def _take(typingctx, block):
-    """The value of the block's first number, which is raised by one at once for all threads."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.bitcast(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.voidptr), codegen
-
-
 @njit(fastmath=SUM)
 def _dot(row, x):
     total = np.float32(0.0)
@@ -61,12 +40,12 @@ def _gate_up(block, a, gate_up):
     """act [P F] = SiLU(gate) * up; a part is a range of the P F rows of gate and up."""
     slots, D, F = a[SLOTS], a[D_MODEL], a[D_MLP]
     pairs = a[TOKENS] * slots
-    x = carray(_address(a[X]), (a[TOKENS], D), np.float32)
-    indices = carray(_address(a[INDICES]), (pairs,), np.int64)
-    act = carray(_address(a[ACT]), (pairs, F), np.float32)
-    scale = carray(_address(a[GATE_UP_SCALE]), (a[EXPERTS], 2 * F), np.float32)
+    x = carray(address(a[X]), (a[TOKENS], D), np.float32)
+    indices = carray(address(a[INDICES]), (pairs,), np.int64)
+    act = carray(address(a[ACT]), (pairs, F), np.float32)
+    scale = carray(address(a[GATE_UP_SCALE]), (a[EXPERTS], 2 * F), np.float32)
     while True:
-        part = _take(block)
+        part = take(block)
         if part >= a[PARTS]:
             return
         for unit in range(pairs * F * part // a[PARTS], pairs * F * (part + 1) // a[PARTS]):
@@ -88,13 +67,13 @@ def _down(block, a, down):
     """out [M D], or addends [P D]; a part is a range of the M D (token, row)."""
     slots, D, F = a[SLOTS], a[D_MODEL], a[D_MLP]
     pairs = a[TOKENS] * slots
-    indices = carray(_address(a[INDICES]), (pairs,), np.int64)
-    weights = carray(_address(a[WEIGHTS]), (pairs,), np.float32)
-    act = carray(_address(a[ACT]), (pairs, F), np.float32)
-    scale = carray(_address(a[DOWN_SCALE]), (a[EXPERTS], D), np.float32)
-    out = carray(_address(a[OUT]), (pairs if a[ADDENDS] else a[TOKENS], D), np.float32)
+    indices = carray(address(a[INDICES]), (pairs,), np.int64)
+    weights = carray(address(a[WEIGHTS]), (pairs,), np.float32)
+    act = carray(address(a[ACT]), (pairs, F), np.float32)
+    scale = carray(address(a[DOWN_SCALE]), (a[EXPERTS], D), np.float32)
+    out = carray(address(a[OUT]), (pairs if a[ADDENDS] else a[TOKENS], D), np.float32)
     while True:
-        part = _take(block)
+        part = take(block)
         if part >= a[PARTS]:
             return
         for unit in range(a[TOKENS] * D * part // a[PARTS], a[TOKENS] * D * (part + 1) // a[PARTS]):
@@ -117,13 +96,13 @@ def gate_up_vectors(block):
     a = carray(block, (len(FIELDS),), np.int64)
     shape = (a[EXPERTS], 2 * a[D_MLP], a[D_MODEL])
     if a[KIND] == 0:
-        _gate_up(block, a, carray(_address(a[GATE_UP]), shape, np.float32))
+        _gate_up(block, a, carray(address(a[GATE_UP]), shape, np.float32))
     elif a[KIND] == 1:
-        _gate_up(block, a, carray(_address(a[GATE_UP]), shape, np.uint16))
+        _gate_up(block, a, carray(address(a[GATE_UP]), shape, np.uint16))
     elif a[KIND] == 2:
-        _gate_up(block, a, carray(_address(a[GATE_UP]), shape, np.int16))
+        _gate_up(block, a, carray(address(a[GATE_UP]), shape, np.int16))
     else:
-        _gate_up(block, a, carray(_address(a[GATE_UP]), shape, np.int8))
+        _gate_up(block, a, carray(address(a[GATE_UP]), shape, np.int8))
 
 
 @cfunc(types.void(types.voidptr), cache=True)
@@ -131,10 +110,10 @@ def down_vectors(block):
     a = carray(block, (len(FIELDS),), np.int64)
     shape = (a[EXPERTS], a[D_MODEL], a[D_MLP])
     if a[KIND] == 0:
-        _down(block, a, carray(_address(a[DOWN]), shape, np.float32))
+        _down(block, a, carray(address(a[DOWN]), shape, np.float32))
     elif a[KIND] == 1:
-        _down(block, a, carray(_address(a[DOWN]), shape, np.uint16))
+        _down(block, a, carray(address(a[DOWN]), shape, np.uint16))
     elif a[KIND] == 2:
-        _down(block, a, carray(_address(a[DOWN]), shape, np.int16))
+        _down(block, a, carray(address(a[DOWN]), shape, np.int16))
     else:
-        _down(block, a, carray(_address(a[DOWN]), shape, np.int8))
+        _down(block, a, carray(address(a[DOWN]), shape, np.int8))
