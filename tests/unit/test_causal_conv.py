@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels.causal_conv import causal_conv1d, causal_conv1d_step, next_past
@@ -239,18 +238,20 @@ def test_without_bias_or_past(backend, triton_device):
     assert x.grad.isfinite().all()
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
-    """A forward pass on tensors of a GPU that hold no data."""
+def test_nothing_waits_for_the_device(monkeypatch, fake_gpu):
     monkeypatch.setattr("jambascope.kernels.causal_conv.can_launch", lambda x: True)
     monkeypatch.delattr("jambascope.kernels.causal_conv.reference.causal_conv1d")
-    with FakeTensorMode(), torch.device("cuda"):
-        x, weight, past = torch.empty(2, 9, 64)[..., :32], torch.empty(32, 4), torch.empty(2, 3, 32)
-        marks = dict(mask=torch.empty(2, 9, dtype=torch.bool), resets=torch.empty(2, 9, dtype=torch.bool))
-        out = causal_conv1d(x, weight, None, past, silu=True, **marks)
-        assert out.shape == (2, 9, 32) and out.is_contiguous()
-        assert next_past(x, past, **marks).shape == past.shape
-        out, past = causal_conv1d_step(x[:, 0], weight, None, past)
-        assert out.shape == (2, 32) and past.shape == (2, 3, 32)
+
+    def draw(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=fake_gpu)
+
+    x, weight, past = draw(2, 9, 64)[..., :32], draw(32, 4), draw(2, 3, 32)
+    marks = dict(mask=draw(2, 9, dtype=torch.bool), resets=draw(2, 9, dtype=torch.bool))
+    out = causal_conv1d(x, weight, None, past, silu=True, **marks)
+    assert out.shape == (2, 9, 32) and out.is_contiguous() and out.device.type == "cuda"
+    assert next_past(x, past, **marks).shape == past.shape
+    out, past = causal_conv1d_step(x[:, 0], weight, None, past)
+    assert out.shape == (2, 32) and past.shape == (2, 3, 32)
 
 
 def test_bad_arguments_are_named():
