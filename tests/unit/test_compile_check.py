@@ -46,7 +46,7 @@ def greedy(x, out, N: tl.constexpr):
     tl.store(out + N + i, w * s)
 
 def compile_cases():
-    return [CompileCase("greedy", greedy, {"x": "*fp32", "out": "*fp32"}, {"N": 8192}, num_warps=1)]
+    return [CompileCase("greedy", greedy, {"x": "*fp32", "out": "*fp32"}, {"N": 16384}, num_warps=1)]
 '''
 
 
