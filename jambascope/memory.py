@@ -73,8 +73,8 @@ def kv_cache_bytes_per_token(config: JambaConfig, dtype: torch.dtype) -> int:
 def mamba_state_bytes(config: JambaConfig, dtype: torch.dtype) -> int:
     """Bytes of SSM states (float32) and last convolution inputs of one sequence, at any length."""
     ssm = config.d_inner * config.d_state * torch.promote_types(dtype, torch.float32).itemsize
-    conv = config.d_inner * (config.d_conv - 1) * dtype.itemsize
-    return len(config.mamba_layers) * (ssm + conv)
+    conv = sum(config.conv_width(config.mixers[i]) for i in config.ssm_layers) * (config.d_conv - 1) * dtype.itemsize
+    return len(config.ssm_layers) * ssm + conv
 
 
 def readable_bytes(n: float) -> str:

@@ -238,20 +238,18 @@ def test_without_bias_or_past(backend, triton_device):
     assert x.grad.isfinite().all()
 
 
-def test_nothing_waits_for_the_device(monkeypatch, fake_gpu):
+def test_nothing_waits_for_the_device(monkeypatch, fake_cuda):
     monkeypatch.setattr("jambascope.kernels.causal_conv.can_launch", lambda x: True)
     monkeypatch.delattr("jambascope.kernels.causal_conv.reference.causal_conv1d")
-
-    def draw(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device=fake_gpu)
-
-    x, weight, past = draw(2, 9, 64)[..., :32], draw(32, 4), draw(2, 3, 32)
-    marks = dict(mask=draw(2, 9, dtype=torch.bool), resets=draw(2, 9, dtype=torch.bool))
-    out = causal_conv1d(x, weight, None, past, silu=True, **marks)
-    assert out.shape == (2, 9, 32) and out.is_contiguous() and out.device.type == "cuda"
-    assert next_past(x, past, **marks).shape == past.shape
-    out, past = causal_conv1d_step(x[:, 0], weight, None, past)
-    assert out.shape == (2, 32) and past.shape == (2, 3, 32)
+    with fake_cuda():
+        x, weight, past = (torch.empty(*shape, device="cuda") for shape in ((2, 9, 64), (32, 4), (2, 3, 32)))
+        marks = {name: torch.empty(2, 9, dtype=torch.bool, device="cuda") for name in ("mask", "resets")}
+        x = x[..., :32]
+        out = causal_conv1d(x, weight, None, past, silu=True, **marks)
+        assert out.shape == (2, 9, 32) and out.is_contiguous() and out.device.type == "cuda"
+        assert next_past(x, past, **marks).shape == past.shape
+        out, past = causal_conv1d_step(x[:, 0], weight, None, past)
+        assert out.shape == (2, 32) and past.shape == (2, 3, 32)
 
 
 def test_bad_arguments_are_named():
