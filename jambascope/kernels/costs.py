@@ -116,9 +116,11 @@ def scan_backward(
     softplus: bool = True,
     initial_state: bool = False,
     decays: int = 2,
+    every: int | None = None,
 ) -> Cost:
     """States are computed again from checkpoints; ``decays``: how often a decay is (2: forwards, and on the way back).
 
+    ``every``: positions per state that is set down on the way forwards and picked up on the way back; None if none.
     ``block_E``: channels to a program, which writes its own sums for the gradients of B and C. Per state: 4 FLOPs
     forwards, one more for each further decay, then 2 each for the adjoint, the gradients of C, B, x, dt, A and the
     read-out before the gate, and 3 for what goes through the decay.
@@ -126,18 +128,21 @@ def scan_backward(
     cells = B * T * E
     states = B * E * N * FLOAT
     partials = 2 * B * T * N * -(-E // block_E) * FLOAT
+    kept = 0 if every is None else -(-T // every) * states
     gates = gate * (2 * _SIGMOID + 6)
     return Cost(
         read=cells * size * (3 + gate)
         + 2 * B * T * N * size
         + (E * N + E + E * softplus) * FLOAT
         + states * (-(-T // chunk) + 1)
-        + partials,
+        + partials
+        + kept,
         written=cells * size * (2 + gate)
         + partials
         + 2 * B * T * N * size
         + states * (1 + initial_state)
-        + B * E * (1 + softplus) * FLOAT,
+        + B * E * (1 + softplus) * FLOAT
+        + kept,
         flops=cells * (N * (4 + decays - 1 + 2 * (6 + gate) + 3) + 6 + gates + softplus * (2 + _SOFTPLUS + _SIGMOID)),
         exps=cells * (decays * N + gate + 3 * softplus),
     )
@@ -276,7 +281,7 @@ def experts_decode(M: int, S: int, D: int, F: int, size: int, *, int8: bool = Fa
 
 
 def table(
-    B: int, T: int, d_model: int, N: int, *, size: int = 2, chunk: int = 16, block_E: int = 32, segment: int = 1024
+    B: int, T: int, d_model: int, N: int, *, size: int = 2, chunk: int = 32, block_E: int = 32, segment: int = 1024
 ) -> dict[str, Cost]:
     """Every kernel at the proportions of Jamba: E = 2 d_model, d_mlp = 3.5 d_model, 16 experts, 2 to a token."""
     E, K, D, F, M = 2 * d_model, 4, d_model, 7 * d_model // 2, B * T
@@ -285,7 +290,7 @@ def table(
     return {
         "scan forward": scan_forward(*scan),
         "scan forward, with gradients": scan_forward(*scan, chunk=chunk),
-        "scan backward": scan_backward(*scan, chunk=chunk, block_E=block_E),
+        "scan backward": scan_backward(*scan, chunk=chunk, block_E=block_E, every=4),
         f"scan in segments of {segment}": scan_chunked(*scan, segment=segment),
         "scan step": scan_step(B, E, N, size),
         "conv forward": conv_forward(B, T, E, K, size),
@@ -304,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m jambascope.kernels.costs",
         description="Bytes, operations and the least time of every kernel on a machine.",
     )
-    sizes = {"batch": 1, "length": 4096, "d-model": 4096, "d-state": 16, "bytes": 2, "chunk": 16, "block": 32}
+    sizes = {"batch": 1, "length": 4096, "d-model": 4096, "d-state": 16, "bytes": 2, "chunk": 32, "block": 32}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
     teraflops = ("TFLOP/s", 1e12)
