@@ -99,7 +99,18 @@ def read(typingctx, array, index):
     def codegen(context, builder, signature, args):
         return builder.load(_pointer(context, builder, signature.args[0], *args))
 
-    return array.dtype(array, types.intp), codegen
+    return (types.float32 if isinstance(array, types.Integer) else array.dtype)(array, types.intp), codegen
+
+
+@intrinsic
+def write(typingctx, array, index, value):
+    """Set one element."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _pointer(context, builder, signature.args[0], *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), codegen
 
 
 @intrinsic
