@@ -268,3 +268,5 @@ def test_bad_arguments_are_named():
         causal_conv1d(**a | dict(x=a["x"][:, :0]))
     with pytest.raises(InputError, match="mask is torch.float32; give bool, True for tokens"):
         causal_conv1d(**a, mask=torch.ones(1, 3))
+    with pytest.raises(InputError, match=r"x and weight have shapes \(1, 3, 4\).* give \[B E\] and \[E K\]"):
+        causal_conv1d_step(**a)

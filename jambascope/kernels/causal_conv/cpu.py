@@ -40,17 +40,19 @@ def step(
     """See :func:`jambascope.kernels.causal_conv.causal_conv1d_step`; no gradients."""
     from jambascope.kernels.causal_conv import cpu_kernels as k
 
-    rows, weight, bias, past_rows = _prepared(x[:, None], weight, bias, past)
-    channels, width = weight.shape
-    out, new_past = torch.empty(len(x), channels), torch.empty(past_rows.shape)
+    rows, weight, bias, past_rows = _prepared(x, weight, bias, past)
+    (batch, channels), width = rows.shape, weight.shape[1]
+    out, new_past = torch.empty_strided((batch, channels), (channels, 1)), torch.empty_like(past_rows)
     announce_first_compile(k.step)
     k.step(
-        len(x), channels, rows.data_ptr(), rows.stride(0), past_rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+        batch, channels, rows.data_ptr(), rows.stride(0), past_rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
         _taps(width), silu, out.data_ptr(), new_past.data_ptr(),
     )  # fmt: skip
     if channels != x.shape[1]:
         out, new_past = out[:, : x.shape[1]], new_past[..., : x.shape[1]]
-    return out.to(x.dtype), new_past.to(past.dtype)
+    if (x.dtype, past.dtype) != (torch.float32, torch.float32):
+        out, new_past = out.to(x.dtype), new_past.to(past.dtype)
+    return out, new_past
 
 
 @cache
@@ -62,15 +64,15 @@ def _prepared(x, weight, bias, past) -> tuple[torch.Tensor, ...]:
     """Float32 with at least LANES channels; contiguous, but for x of which only neighbouring channels need be."""
     from jambascope.kernels.vectors import LANES
 
-    (batch, _, channels), width = x.shape, weight.shape[1]
+    channels, width = weight.shape
     bias = weight.new_zeros(channels) if bias is None else bias
-    past = x.new_zeros(batch, width - 1, channels) if past is None else past
+    past = x.new_zeros(x.shape[0], width - 1, channels) if past is None else past
     x, weight, bias, past = x.float(), weight.float(), bias.float(), past.float()
     missing = LANES - channels
     if missing > 0:
         x, bias, past = (F.pad(v, (0, missing)) for v in (x, bias, past))
         weight = F.pad(weight, (0, 0, 0, missing))
-    if x.stride(2) != 1:
+    if x.stride(-1) != 1:
         x = x.contiguous()
     return x, weight.contiguous(), bias.contiguous(), past.contiguous()
 
