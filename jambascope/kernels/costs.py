@@ -3,7 +3,8 @@
 Bytes are those that cross between memory and the chip once per launch: an array read twice by neighbouring programs
 or by the same one counts once, since the caches hold it. FLOPs count a multiplication, an addition and a division as
 one each (a fused multiply-add as two); ``matmul`` counts those of matrix products. Exponentials, which run on units of
-their own on a GPU, are counted apart, and so is the logarithm of softplus. Work for padding of blocks is left out.
+their own on a GPU, are counted apart, and so is the logarithm of softplus. Left out: work for the padding of blocks,
+and the lists of which token goes to which expert.
 
 Letters: B batch, T positions, E channels, N states, K taps (d_conv); M tokens, S slots (experts per token),
 D d_model, F d_mlp; ``size`` the bytes of an activation.
@@ -266,11 +267,11 @@ def experts_backward(M: int, S: int, used: int, experts: int, D: int, F: int, si
     return through + weights
 
 
-def experts_decode(M: int, S: int, D: int, F: int, size: int, *, int8: bool = False) -> Cost:
-    """A few tokens: every pair reads its expert; two launches without sorting, the products not in matrix units."""
+def experts_decode(M: int, S: int, used: int, D: int, F: int, size: int, *, int8: bool = False) -> Cost:
+    """A few tokens: two launches without sorting, the products not in matrix units."""
     P = M * S
     return Cost(
-        read=expert_weights(P, D, F, size, int8=int8) + (M * D + P * F) * size,
+        read=expert_weights(used, D, F, size, int8=int8) + (M * D + P * F) * size,
         written=(P * F + M * D) * size,
         flops=6 * P * D * F + P * F * (_SIGMOID + 2) + 2 * P * D + int8 * P * (2 * F + D),
         exps=P * F,
@@ -299,8 +300,8 @@ def table(
         "experts forward": experts_forward(M, 2, used, D, F, size),
         "experts forward, int8": experts_forward(M, 2, used, D, F, size, int8=True),
         "experts backward": experts_backward(M, 2, used, 16, D, F, size),
-        "experts decode": experts_decode(B, 2, D, F, size),
-        "experts decode, int8": experts_decode(B, 2, D, F, size, int8=True),
+        "experts decode": experts_decode(B, 2, min(16, 2 * B), D, F, size),
+        "experts decode, int8": experts_decode(B, 2, min(16, 2 * B), D, F, size, int8=True),
     }
 
 

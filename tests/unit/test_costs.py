@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jambascope.kernels import costs, triton_runtime
 from jambascope.kernels.causal_conv import causal_conv1d, causal_conv1d_step
 from jambascope.kernels.costs import Cost
+from jambascope.kernels.experts import experts
 from jambascope.kernels.selective_scan import selective_scan
 
 
@@ -202,9 +203,36 @@ def test_experts():
     assert cost.written == pairs + x.nbytes
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 32], ids=["one-token", "few-tokens", "many-tokens"])
+def test_experts_by_the_interpreter(tokens, interpreted):
+    """Bytes but for the lists of tokens and experts; exponentials but for the padding of tiles."""
+    S, X, D, F = 2, 4, 32, 64
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((tokens, D), (X, 2 * F, D), (X, D, F))]
+    indices, weights = torch.arange(tokens * S).view(tokens, S) % X, torch.rand(tokens, S)
+    few, used = tokens * S <= 8, min(X, tokens * S)
+
+    def compare(cost, lists):
+        read, written, exps = (
+            sum(getattr(one, k) for one in interpreted.launches) for k in ("read", "written", "exps")
+        )
+        assert cost.read <= read <= cost.read + lists and cost.written <= written <= cost.written + lists
+        assert cost.exps <= exps <= 4 * cost.exps
+
+    with torch.no_grad():
+        experts(leaves[0], indices, weights, *leaves[1:], backend="triton")
+    forward = costs.experts_decode if few else costs.experts_forward
+    lists = (8 + 4) * tokens * S * 4 + 64 * X  # indices, weights, order and place, in each launch; offsets
+    compare(forward(tokens, S, used, D, F, 4), lists)
+    if not few:
+        out = experts(leaves[0], indices, weights, *leaves[1:], backend="triton")
+        interpreted.launches.clear()
+        out.sum().backward()
+        compare(costs.experts_backward(tokens, S, used, X, D, F, 4), 2 * lists)
+
+
 def test_int8_halves_the_experts():
-    half = costs.experts_decode(1, 2, 4096, 14336, 2, int8=True).read / costs.experts_decode(1, 2, 4096, 14336, 2).read
-    assert 0.5 < half < 0.501
+    sizes = dict(M=1, S=2, used=2, D=4096, F=14336, size=2)
+    assert 0.5 < costs.experts_decode(**sizes, int8=True).read / costs.experts_decode(**sizes).read < 0.501
 
 
 def test_the_bound_is_the_busiest_resource():
