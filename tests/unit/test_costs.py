@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,6 +170,33 @@ def test_scan_forward(N):
     assert more.read == cost.read + gate + bias + result.final_state.nbytes
     assert more.written == cost.written + checkpoints
     assert more.exps == cost.exps + 3 * x.numel()
+
+
+@pytest.mark.skipif(
+    find_spec("jambascope.kernels.selective_scan.triton") is None, reason="the scan has no Triton backend"
+)
+@pytest.mark.parametrize("full", [True, False], ids=["gate-softplus", "plain"])
+def test_scan_by_the_interpreter(full, interpreted):
+    from jambascope.kernels.selective_scan.triton_launch import CHUNK
+
+    B, T, E, N = 2, 2 * CHUNK, 64, 16
+    names = dict(x=(B, T, E), dt=(B, T, E), A=(E, N), B=(B, T, N), C=(B, T, N), D=(E,))
+    names |= dict(gate=(B, T, E), dt_bias=(E,)) if full else {}
+    a = {name: torch.rand(shape) for name, shape in names.items()} | dict(A=-torch.rand(E, N).requires_grad_())
+    cost = costs.scan_forward(B, T, E, N, 4, gate=full, softplus=full, chunk=CHUNK)
+    result = selective_scan(**a, dt_softplus=full, backend="triton")
+    (forward,) = interpreted.launches
+    assert (forward.read, forward.written, forward.exps) == (cost.read, cost.written, cost.exps)
+    assert forward.flops + B * T * E * N == pytest.approx(cost.flops, rel=0.05)  # and tl.sum, which numpy does
+    interpreted.launches.clear()
+    result.y.sum().backward()
+    written = sum(one.written for one in interpreted.launches)
+    # The sums of the partial gradients of B and C are torch's; states are set down every few positions.
+    kernel = costs.scan_backward(B, T, E, N, 4, chunk=CHUNK, block_E=32, gate=full, softplus=full)
+    states = (written - (kernel.written - 2 * B * T * N * 4)) / (B * E * N * 4)
+    assert states == int(states) and T % states == 0
+    exps = sum(one.exps for one in interpreted.launches)
+    assert exps == pytest.approx(kernel.exps, rel=0.05)
 
 
 def test_scan_in_segments_and_step():
