@@ -12,14 +12,16 @@ import typer
 LENGTHS = [64, 128, 512, 2048]
 FULL_LENGTHS = [64, 128, 512, 2048, 8192, 32768]
 D_MODELS = [128, 512]
+WIDTH = 150
+"""Columns of the tables where nobody's terminal says how many there are."""
 
 
 def bench(
     race: Annotated[
         list[str] | None,
         typer.Option(
-            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, or long (contexts "
-            "to 262,144; takes minutes); repeat the option for several. [default: all but long]"
+            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, or long "
+            "(contexts to 262,144; takes minutes); repeatable. [default: all but long]"
         ),
     ] = None,
     d_model: Annotated[
@@ -75,7 +77,8 @@ def bench(
         except KeyboardInterrupt:
             note = "Interrupted: what follows the last row was not measured."
     report = make_report(results, RACES, where, shlex.join(["jambascope", *sys.argv[1:]]), note)
-    print_report(report, RACES, Console())
+    console = Console()
+    print_report(report, RACES, console if console.is_terminal else Console(width=WIDTH))
     if out is not None:
         write_json(report, out)
     if page is not None:

@@ -9,8 +9,6 @@ import sys
 import textwrap
 import types
 
-import torch
-
 from jambascope.model import HookedJamba
 
 
@@ -26,17 +24,21 @@ def without_hook_points(model: HookedJamba) -> HookedJamba:
             continue
         for name, method in inspect.getmembers(type(module), inspect.isfunction):
             if method.__module__.startswith("jambascope.") and "self.hook_" in inspect.getsource(method):
-                setattr(module, name, types.MethodType(_stripped(method), module))
+                owner = next(kind for kind in type(module).__mro__ if vars(kind).get(name) is method)
+                setattr(module, name, types.MethodType(_stripped(owner, method), module))
     return bare
 
 
-def _stripped(method: types.FunctionType) -> types.FunctionType:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    tree.body[0].decorator_list = []
+def _stripped(owner: type, method: types.FunctionType) -> types.FunctionType:
+    source = textwrap.indent(textwrap.dedent(inspect.getsource(method)), "    ")
+    # An enclosing variable of this name is what super() without arguments looks for.
+    tree = ast.parse(f"def outer(__class__):\n{source}\n    return {method.__name__}")
+    tree.body[0].body[0].decorator_list = []
     tree = ast.fix_missing_locations(_Strip().visit(tree))
     made: dict[str, types.FunctionType] = {}
-    exec(compile(tree, inspect.getfile(method), "exec"), vars(sys.modules[method.__module__]), made)
-    return made[method.__name__]
+    code = compile(tree, f"<{method.__qualname__} without hook points>", "exec")
+    exec(code, vars(sys.modules[method.__module__]), made)
+    return made["outer"](owner)
 
 
 class _Strip(ast.NodeTransformer):
@@ -58,16 +60,3 @@ def _is_hook_point(node: ast.AST) -> bool:
         and isinstance(node.value, ast.Name)
         and node.value.id == "self"
     )
-
-
-def count_calls(model: HookedJamba, tokens: torch.Tensor) -> int:
-    """How many hook points a forward pass goes through."""
-    from unittest.mock import patch
-
-    from jambascope.hook_point import HookPoint
-
-    calls = []
-    original = HookPoint.__call__
-    with patch.object(HookPoint, "__call__", lambda self, value: (calls.append(1), original(self, value))[1]):
-        model(tokens)
-    return len(calls)

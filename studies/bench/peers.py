@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def transformers_scan() -> Callable[..., Any]:
-    """The scan of transformers' Jamba in plain torch: (x [B E T], dt [B E T], A, B [B N T], C [B N T], D, z [B E T])."""
+    """The scan of transformers' Jamba in plain torch: (x, dt [B E T], A, B, C [B N T], D, z [B E T])."""
     from transformers.models.jamba import modeling_jamba
 
     scan = modeling_jamba.mamba_selective_scan

@@ -129,6 +129,7 @@ def run(
             Budget(repeats, race.patience * seconds, race.precise * repeats),
             lambda name, at=at, race=race: forecast.ms((race.name, name, at.d_model), at.length),
             lambda doing, i=i, where=where: progress(i, f"{where}: {doing}"),
+            own=OURS,
         )
         results.skips += [_skip(race, at, name, why) for name, why in skipped.items()]
         for name, ms in times.items():

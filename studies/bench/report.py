@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from jambascope.studies.bench import peers, targets
 from jambascope.studies.bench.race import Race, Results, Summary, summarize
 from jambascope.studies.figures.bench import Point, cost_against_length, costs
 
+TARGETS_TITLE = "Figures to reach, on a CPU"
 UNITS = {"ms": "time (ms)", "us per token": "time per token (us)"}
 
 
@@ -83,20 +85,22 @@ def _processor() -> str:
 # -- rows that every form shows --------------------------------------------------------------------------------
 
 
-def result_rows(report: Report, races: dict[str, Race]) -> list[tuple[str, ...]]:
-    """race, d_model, batch x T, side, median, lowest to highest, runs, against the baseline."""
-    rows = []
+def result_tables(report: Report, races: dict[str, Race]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """For every race its title, columns, and a row for each side at each size."""
+    tables: dict[str, list[tuple[str, ...]]] = {}
     for s in report.summaries:
         spread = f"{s.low:.4g} to {s.high:.4g}" if s.runs > 1 else ""
-        sizes = f"{s.batch} x {s.length:,}" if s.length else "-"
+        length = f"{s.length:,}" if s.length else ""
         median = f"{s.median:.4g} {s.quantity}"
-        rows.append(
-            (s.race, str(s.d_model), sizes, s.side, median, spread, str(s.runs), targets.ratio_text(s, races[s.race]))
-        )
-    return rows
+        ratio = targets.ratio_text(s, races[s.race])
+        row = str(s.d_model), str(s.batch), length, s.side, median, spread, str(s.runs), ratio
+        tables.setdefault(s.race, []).append(row)
+    return [(f"{name}: {races[name].title}", _columns(races[name]), rows) for name, rows in tables.items()]
 
 
-RESULT_COLUMNS = ("race", "d_model", "batch x T", "side", "median", "lowest to highest", "runs", "of the baseline")
+def _columns(race: Race) -> tuple[str, ...]:
+    over = "" if race.per_token else f"time / {race.baseline}'s"
+    return ("d_model", "batch", "T", "side", "median", "lowest to highest", "runs", over)
 
 
 def skip_rows(report: Report) -> list[tuple[str, ...]]:
@@ -112,7 +116,7 @@ SKIP_COLUMNS = ("race", "side", "where", "reason")
 
 
 def verdict_rows(report: Report) -> list[tuple[str, ...]]:
-    said = {True: "reached", False: "not reached", None: ""}
+    said = {True: "reached", False: "not reached", None: "not measured"}
     return [(v.text, v.where, v.measured, said[v.reached]) for v in report.verdicts]
 
 
@@ -124,28 +128,25 @@ VERDICT_COLUMNS = ("figure", "where", "measured", "")
 
 def print_report(report: Report, races: dict[str, Race], console: Console) -> None:
     """Results, what was left out, the distance from the bounds, and the figures to reach."""
-    for title, columns, rows in (
-        ("Results", RESULT_COLUMNS, result_rows(report, races)),
-        ("Left out", SKIP_COLUMNS, skip_rows(report)),
-    ):
-        if rows:
-            _print_table(title, columns, rows, console)
-    for line in report.bounds:
-        console.print(line, highlight=False)
-    if report.verdicts:
-        _print_table("Figures to reach, on a CPU", VERDICT_COLUMNS, verdict_rows(report), console)
+    for title, columns, rows in result_tables(report, races):
+        _print_table(title, columns, rows, console, sections=True)
+    _print_table("Left out", SKIP_COLUMNS, skip_rows(report), console)
+    _print_table("Distance from the bounds", ("",), [(line,) for line in report.bounds], console)
+    _print_table(TARGETS_TITLE, VERDICT_COLUMNS, verdict_rows(report), console)
     if report.note:
         console.print(report.note, highlight=False)
 
 
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    table = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    previous = None
-    for row in rows:
-        if title == "Results" and previous not in (None, row[:3]):
-            table.add_section()
-        table.add_row(*row)
-        previous = row[:3]
+def _print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console, sections: bool = False
+) -> None:
+    """Nothing without rows; with ``sections`` a line between rows that differ in the first three columns."""
+    if not rows:
+        return
+    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.show_header = any(columns)
+    for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
+        table.add_row(*row, end_section=sections and following[:3] != row[:3])
     console.print(table)
 
 
@@ -193,13 +194,13 @@ def write_html(report: Report, races: dict[str, Race], path: Path) -> None:
         "medians over neighbouring runs.</p>",
         f"<pre>{html.escape(report.command)}</pre>",
         f"<p><strong>{html.escape(report.note)}</strong></p>" if report.note else "",
-        _section("Figures to reach, on a CPU", VERDICT_COLUMNS, verdict_rows(report)),
+        _section(TARGETS_TITLE, VERDICT_COLUMNS, verdict_rows(report)),
         "<h2>Cost against length</h2>" if plots else "",
         *[f'<div class="plot">{plot}</div>' for plot in plots],
         "<h2>Distance from the bounds</h2><ul>" if report.bounds else "",
         *[f"<li>{html.escape(line)}</li>" for line in report.bounds],
         "</ul>" if report.bounds else "",
-        _section("Results", RESULT_COLUMNS, result_rows(report, races)),
+        *[_section(*table) for table in result_tables(report, races)],
         _section("Left out", SKIP_COLUMNS, skip_rows(report)),
         _section("Machine and versions", ("", ""), list(report.environment.items())),
     ]

@@ -124,8 +124,11 @@ def run_race(
     budget: Budget,
     expected_ms: Callable[[str], float | None] = lambda side: None,
     progress: Callable[[str], None] = lambda doing: None,
+    own: str | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times in milliseconds of every side, by round, and why the others were left out.
+
+    A side that fails is left out with its error, but for ``own``, whose error is raised.
 
     After a warm-up, each round runs every side once, every second round in the opposite order, so that what drifts
     in the machine meets all of them alike and none always follows the same neighbour.
@@ -138,10 +141,10 @@ def run_race(
         if reason is None:
             try:
                 first_ms[name] = side.calls * _warm_up(clock, side, limit_ms=1e3 * budget.seconds / budget.repeats)
-            except (RuntimeError, MemoryError) as e:  # what torch raises when memory runs out, on either device
-                if not _is_out_of_memory(e):
+            except Exception as e:  # a peer's own failure, of any kind, is no reason to lose the other races
+                if name == own:
                     raise
-                reason = "ran out of memory"
+                reason = _failure(e)
         if reason is None and first_ms[name] * budget.repeats > 1e3 * budget.seconds:
             reason = (
                 f"{budget.repeats} runs of {first_ms[name] / 1e3:.3g} s are more than --budget {budget.seconds:g} s"
@@ -181,7 +184,8 @@ def _hopeless(side: Side, clock: Clock, budget: Budget, expected_ms: float | Non
     return None
 
 
-def _is_out_of_memory(e: Exception) -> bool:
-    text = str(e).lower()
-    out = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-    return out or "out of memory" in text or "can't allocate memory" in text or "alloc" in text and "bytes" in text
+def _failure(e: Exception) -> str:
+    text = str(e)
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "ran out of memory"
+    return f"failed: {type(e).__name__}: {text.splitlines()[0] if text else ''}"
