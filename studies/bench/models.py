@@ -6,7 +6,6 @@ import copy
 import gc
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class Lab:
 
     def ours(self, d_model: int) -> HookedJamba:
         load = lambda: HookedJamba.from_pretrained(self.directory(d_model), device=self.device)  # noqa: E731
-        return self._get(d_model, "ours", load)
+        return self._get(d_model, "ours", lambda: _compile(load()))
 
     def theirs(self, d_model: int) -> Any:
         """transformers' JambaForCausalLM."""
@@ -64,7 +63,7 @@ class Lab:
 
     def pure_mamba(self, d_model: int) -> HookedJamba:
         """Four Mamba layers and nothing else."""
-        return self._get(d_model, "mamba", lambda: HookedJamba(mamba_config(d_model), device=self.device).eval())
+        return self._get(d_model, "mamba", lambda: _compile(HookedJamba(mamba_config(d_model), device=self.device)))
 
     def tokens(self, batch: int, length: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -84,6 +83,13 @@ class Lab:
         return self._made[name]
 
 
+@torch.no_grad()
+def _compile(model: HookedJamba) -> HookedJamba:
+    """The model after a pass of two tokens: kernels are compiled at their first use, which is nobody's time here."""
+    model.eval()(torch.tensor([[3, 4]], device=model.device))
+    return model
+
+
 def jamba_fields(d_model: int) -> dict[str, int | float]:
     """The raced Jamba in transformers' names: 8 layers in the releases' proportions, 8 experts of width 2 d_model."""
     heads = max(2, d_model // 32)
@@ -101,9 +107,16 @@ def jamba_fields(d_model: int) -> dict[str, int | float]:
 
 
 def mamba_config(d_model: int) -> JambaConfig:
-    """A pure-Mamba model: the family's configuration with mixers alone."""
-    config = JambaConfig.jamba(n_layers=4, d_model=d_model, d_vocab=VOCABULARY)
-    return replace(config, mixers=("mamba",) * 4, feed_forwards=("none",) * 4, inner_norms=False)
+    """A pure-Mamba model, sized as Mamba is."""
+    return JambaConfig(
+        d_model=d_model,
+        d_vocab=VOCABULARY,
+        mixers=("mamba",) * 4,
+        feed_forwards=("none",) * 4,
+        d_inner=2 * d_model,
+        dt_rank=max(1, d_model // 16),
+        inner_norms=False,
+    )
 
 
 def _write_checkpoint(d_model: int, directory: Path, device: torch.device) -> Any:

@@ -158,17 +158,19 @@ def write_json(report: Report, path: Path) -> None:
 
 
 def race_figures(report: Report, races: dict[str, Race]) -> list[go.Figure]:
-    """A figure for every race and quantity that was measured."""
+    """A figure for every race, and for what else several sides of one were measured by."""
     groups: dict[tuple[str, str], list[Summary]] = {}
     for s in report.summaries:
         groups.setdefault((s.race, s.quantity), []).append(s)
     figures = []
     for (name, quantity), found in groups.items():
         race = races[name]
+        if quantity not in UNITS and len({s.side for s in found}) == 1:
+            continue  # nothing beside it: the table says it
         points = [Point(s.side, s.d_model, s.length, s.median, s.low, s.high) for s in found]
-        batch, runs = found[0].batch, found[0].runs
+        batch, runs = found[0].batch, max(s.runs for s in found)
         text = f"batch {batch}, " if any(p.length for p in points) else ""
-        text += f"median of {runs}, whiskers from the lowest to the highest run" if runs > 1 else "one run"
+        text += "medians, whiskers from the lowest to the highest run" if runs > 1 else "one run"
         bounds, unit = race.bounds, UNITS.get(quantity, quantity)
         if race.per_token and quantity in UNITS:
             line = [p._replace(side="jambascope, pure Mamba") for p in points]
