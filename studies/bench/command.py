@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-LENGTHS = [64, 128, 512, 2048]
+LENGTHS = [64, 128, 512]
 FULL_LENGTHS = [64, 128, 512, 2048, 8192, 32768]
 D_MODELS = [128, 512]
+BUDGET, FULL_BUDGET = 10.0, 100.0
 WIDTH = 150
 """Columns of the tables where nobody's terminal says how many there are."""
 
@@ -29,14 +30,18 @@ def bench(
     ] = None,
     length: Annotated[
         list[int] | None,
-        typer.Option(min=2, help="Tokens per sequence; repeatable. [default: 64, 128, 512, 2048]"),
+        typer.Option(min=2, help="Tokens per sequence; repeatable. [default: 64, 128, 512]"),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Lengths up to 32,768.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Lengths up to 32,768, and the budget for them.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per pass.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median counts.")] = 7,
     budget: Annotated[
-        float, typer.Option(min=0.001, help="Seconds that all timed runs of one side at one size may take.")
-    ] = 30,
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Seconds that all timed runs of one side at one size may take. [default: 10, with --full 100]",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option("--json", help="Write every measurement to this file.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
@@ -44,7 +49,7 @@ def bench(
     """Race against the peers that are installed, on the same random weights, in one process.
 
     The sides of a race run in turns after a warm-up. A side that would take longer than --budget, or more memory than
-    there is, is left out and named. The default takes about ten minutes on two cores, --full about an hour.
+    there is, is left out and named. The default takes about ten minutes on two cores, --full hours.
     """
     from rich.console import Console
 
@@ -67,13 +72,14 @@ def bench(
             raise ConfigError(f"{path} cannot be written: {path.parent} is not a directory; create it first")
     where = parse_device(device)
     lengths = length or (FULL_LENGTHS if full else LENGTHS)
+    seconds = budget or (FULL_BUDGET if full else BUDGET)
     plan = list(settings(choose(race, RACES), d_model or D_MODELS, batch, lengths))
     results, note = Results(), ""
     with models.temporary_directory() as directory, show_progress(len(plan)) as progress:
         models.quiet_libraries()
         lab = models.Lab(where, Path(directory), tuple(length or ()))
         try:
-            run(lab, clock_for(where), plan, repeats, budget, progress, results)
+            run(lab, clock_for(where), plan, repeats, seconds, progress, results)
         except KeyboardInterrupt:
             note = "Interrupted: what follows the last row was not measured."
     report = make_report(results, RACES, where, shlex.join(["jambascope", *sys.argv[1:]]), note)
