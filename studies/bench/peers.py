@@ -51,14 +51,17 @@ def mamba_ssm_reference() -> Callable[..., Any] | str:
     spec = importlib.util.find_spec("mamba_ssm")
     if spec is None:
         return "not installed: pip install mamba-ssm"
+    if importlib.util.find_spec("selective_scan_cuda") is not None:  # nothing to stub
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+        return selective_scan_ref
     before = {name: module for name, module in sys.modules.items() if _is_stubbed(name)}
     try:
         if "mamba_ssm" not in sys.modules:
             package = types.ModuleType("mamba_ssm")
             package.__path__ = list(spec.submodule_search_locations or ())
             sys.modules["mamba_ssm"] = package
-        if importlib.util.find_spec("selective_scan_cuda") is None:
-            sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
+        sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
         from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
     except ImportError as e:
         return f"its source cannot be loaded here: {e}"
