@@ -169,7 +169,9 @@ def race_figures(report: Report, races: dict[str, Race]) -> list[go.Figure]:
             continue  # nothing beside it: the table says it
         points = [Point(s.side, s.d_model, s.length, s.median, s.low, s.high) for s in found]
         batch, runs = found[0].batch, max(s.runs for s in found)
-        text = f"batch {batch}, " if any(p.length for p in points) else ""
+        widths = {p.d_model for p in points}
+        text = f"d_model {min(widths)}, " if len(widths) == 1 else ""
+        text += f"batch {batch}, " if any(p.length for p in points) else ""
         text += "medians, whiskers from the lowest to the highest run" if runs > 1 else "one run"
         bounds, unit = race.bounds, UNITS.get(quantity, quantity)
         if race.per_token and quantity in UNITS:
@@ -236,7 +238,7 @@ STYLE = """
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1180px;
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-pre { background: var(--box); padding: .7rem 1rem; border-radius: 6px; overflow-x: auto; }
+pre { background: var(--box); padding: .7rem 1rem; border-radius: 6px; white-space: pre-wrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }

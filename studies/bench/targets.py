@@ -83,7 +83,7 @@ def _judge(target: Target, summaries: Sequence[Summary], skips: Sequence[Skip]) 
                 return Verdict(target.text, where, measured, reached)
     why = [s.reason for s in skips if (s.race, s.side, s.d_model, s.batch) == at[:4] and s.length in target.lengths]
     where = f"batch {target.batch} x {target.lengths[0]:,}"
-    missing = why[0] if why else f"--race {target.race} --d-model {target.d_model}"
+    missing = why[0] if why else f"run --race {target.race} --d-model {target.d_model}"
     return Verdict(target.text, where, missing, None)
 
 
@@ -103,7 +103,7 @@ def _flatness(summaries: Sequence[Summary]) -> Verdict:
     found = {s.length: s for s in summaries if s.quantity == "us per token" and s.d_model == 128}
     where = "d_model 128, batch 1"
     if not {1024, LONGEST} <= set(found):
-        return Verdict(text, where, "--race long --d-model 128", None)
+        return Verdict(text, where, "run --race long --d-model 128", None)
     medians = {length: s.median for length, s in found.items() if 1024 <= length <= LONGEST}
     shift = max(abs(m / medians[1024] - 1) for m in medians.values())
     each = ", ".join(f"{length:,}: {m:.3g}" for length, m in sorted(medians.items()))
@@ -115,7 +115,7 @@ def _long_pass(summaries: Sequence[Summary]) -> Verdict:
     for s in summaries:
         if s.race == "long" and s.quantity == PEAK and f"{LONGEST:,}" in s.side:
             return Verdict(text, "batch 1", f"{s.median:.2f} GB at its peak, whole process", s.median < LONG_PASS_GB)
-    return Verdict(text, "batch 1", "--race long", None)
+    return Verdict(text, "batch 1", "run --race long", None)
 
 
 def against_bounds(summaries: Sequence[Summary]) -> list[str]:
