@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -91,20 +92,19 @@ class Forecast:
         self._seen.setdefault(side, []).append((length, ms))
 
     def ms(self, side: tuple, length: int) -> float | None:
-        """A power law through the last two lengths, its exponent within 1 to 2.5; None with nothing to go by."""
+        """A power law through the last two lengths, its exponent within 0 to 2.5; None with nothing to go by.
+
+        From one length alone a quarter of what is proportional: part of the cost may not depend on the length.
+        """
         seen = sorted(s for s in self._seen.get(side, []) if s[0] < length)
         if not seen:
             return None
-        exponent = 1.0
-        if len(seen) > 1:
-            (t0, ms0), (t1, ms1) = seen[-2:]
-            exponent = min(2.5, max(1.0, _log(ms1 / ms0) / _log(t1 / t0)))
         t, ms = seen[-1]
+        if len(seen) == 1:
+            return max(ms, ms * length / t / 4)
+        t0, ms0 = seen[-2]
+        exponent = min(2.5, max(0.0, math.log(ms / ms0) / math.log(t / t0)))
         return ms * (length / t) ** exponent
-
-
-def _log(x: float) -> float:
-    return torch.tensor(x).log().item()
 
 
 @dataclass(frozen=True)
