@@ -188,7 +188,8 @@ def _hopeless(side: Side, clock: Clock, budget: Budget, expected_ms: float | Non
     if side.bytes > 0.9 * free:
         return f"needs about {side.bytes / 1e9:.3g} GB of memory; {free / 1e9:.3g} GB are free"
     if expected_ms is not None and expected_ms * budget.repeats > 1e3 * budget.seconds:
-        return f"a run should take {expected_ms / 1e3:.3g} s or more; {budget.repeats} exceed --budget {budget.seconds:g} s"
+        least = f"a run should take {expected_ms / 1e3:.3g} s or more"
+        return f"{least}; {budget.repeats} exceed --budget {budget.seconds:g} s"
     return None
 
 
