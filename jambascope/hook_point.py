@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformer_lens.hook_points
+from torch import nn
 
 from jambascope.errors import HookError
 
@@ -33,6 +35,14 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         if returned is not value:
             _check_returned(self.name, value, returned)
         return returned
+
+
+def any_heard(modules: Iterable[nn.Module]) -> bool:
+    """Whether anything is attached to one of these modules, hook points and torch's own hooks alike.
+
+    A layer asks before it takes a path that computes everything at once and calls none of them.
+    """
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
 def _check_returned(name: str | None, value: torch.Tensor, returned: Any) -> None:

@@ -11,7 +11,8 @@ from einops import einsum
 from torch import nn
 
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint
+from jambascope.hook_point import HookPoint, any_heard
+from jambascope.kernels import decode
 from jambascope.kernels.selective_scan import ScanResult, selective_scan
 from jambascope.norms import InnerNorm
 from jambascope.ssm_mixer import convolve, scan_with_listeners
@@ -54,11 +55,19 @@ class MambaMixer(nn.Module):
         self.hook_ssm_state = HookPoint()  # [B E T N]
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
+        self.eps = config.eps
+        self._parts = tuple(self.modules())[1:]
 
     def forward(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]; the state before the first position comes from ``run.state``."""
         mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
         memory = run.mamba_state(self.layer)
+        if memory is not None and mask is None and hidden.shape[1] == 1 and not any_heard(self._parts):
+            weights = self._weights()
+            if decode.fits(hidden, weights) and self.A_log.shape[0] % 16 == 0:
+                out, *memory = decode.mamba_step(hidden[:, 0], memory.conv, memory.ssm, weights, self.eps)
+                run.update_mamba(self.layer, MambaState(*memory))
+                return out[:, None]
 
         # Slices rather than chunk and split: their outputs could not be edited in place by a hook.
         projected = self.hook_in_proj(self.in_proj(hidden))
@@ -78,6 +87,24 @@ class MambaMixer(nn.Module):
         if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         return self.out_proj(self.hook_z(scan.y))
+
+    def _weights(self) -> decode.MambaWeights:
+        own, norms = self._parameters, (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+        in_proj, conv, out_proj = self.in_proj, self.conv1d, self.out_proj
+        return decode.MambaWeights(
+            in_proj.weight,
+            in_proj.bias,
+            conv.weight[:, 0],
+            conv.bias,
+            self.x_proj.weight,
+            *(getattr(norm, "weight", None) for norm in norms),
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            own["A_log"],
+            own["D"],
+            out_proj.weight,
+            out_proj.bias,
+        )
 
     def _scan(self, x, dt, B, C, gate, mask, initial_state) -> ScanResult:
         """softplus of dt and its bias, the scan and the gate.

@@ -188,11 +188,12 @@ class HookedJamba(HookedRootModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
+        quantize: Literal["experts_int8"] | None = None,
     ) -> HookedJamba:
         """Open a packaged model, a Hugging Face directory or a hub id; see ``jambascope.checkpoint.load``."""
         from jambascope import checkpoint
 
-        return checkpoint.load(name_or_path, device=device, dtype=dtype, revision=revision)
+        return checkpoint.load(name_or_path, device=device, dtype=dtype, revision=revision, quantize=quantize)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config, weights and tokenizer so that transformers opens them; see ``jambascope.checkpoint.save``."""

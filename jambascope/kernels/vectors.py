@@ -3,7 +3,8 @@
 numba vectorises a loop over lanes only behind run-time checks that its arrays do not overlap, keeps nothing in
 registers from one loop to the next, and tests every index for being negative. A value of type ``lanes`` is one LLVM
 vector: on a machine with AVX-512 a register, elsewhere a pair or four of them. Operators take two vectors, or a
-vector and a float32. ``load``, ``store`` and ``read`` take flat arrays and do not check their index.
+vector and a float32. ``load``, ``store`` and ``read`` do not check their index, which counts from a flat array's
+beginning or from an address (``tensor.data_ptr()``, of float32).
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _pointer(context, builder, array_type, array, index):
+    if isinstance(array_type, types.Integer):
+        return builder.gep(builder.inttoptr(array, ir.FloatType().as_pointer()), [index])
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
@@ -62,6 +65,22 @@ def load(typingctx, array, index):
 
 
 @intrinsic
+def load_every(typingctx, array, index, step):
+    """Elements ``index, index + step .. index + 15 * step`` of a flat float32 array."""
+
+    def codegen(context, builder, signature, args):
+        array, index, step = args
+        value = ir.Constant(_FLOATS, ir.Undefined)
+        for lane in range(LANES):
+            element = builder.load(_pointer(context, builder, signature.args[0], array, index))
+            value = builder.insert_element(value, element, ir.Constant(ir.IntType(32), lane))
+            index = builder.add(index, step)
+        return value
+
+    return lanes(array, types.intp, types.intp), codegen
+
+
+@intrinsic
 def store(typingctx, array, index, value):
     """Write a vector to elements ``index .. index + 15`` of a flat float32 array."""
 
@@ -80,7 +99,18 @@ def read(typingctx, array, index):
     def codegen(context, builder, signature, args):
         return builder.load(_pointer(context, builder, signature.args[0], *args))
 
-    return array.dtype(array, types.intp), codegen
+    return (types.float32 if isinstance(array, types.Integer) else array.dtype)(array, types.intp), codegen
+
+
+@intrinsic
+def write(typingctx, array, index, value):
+    """Set one element."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _pointer(context, builder, signature.args[0], *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), codegen
 
 
 @intrinsic
@@ -91,6 +121,17 @@ def splat(typingctx, value):
         return _splat(builder, args[0])
 
     return lanes(types.float32), codegen
+
+
+@intrinsic
+def repeat(typingctx, value, like):
+    """A tuple that holds a vector as often as the tuple ``like`` is long."""
+    count = len(like)
+
+    def codegen(context, builder, signature, args):
+        return context.make_tuple(builder, signature.return_type, [args[0]] * count)
+
+    return types.UniTuple(lanes, count)(lanes, like), codegen
 
 
 def _define_operator(symbol, instruction: str) -> None:
