@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,12 +36,11 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return returned
 
 
-def any_heard(modules: Iterable[nn.Module]) -> bool:
-    """Whether anything is attached to one of these modules, hook points and torch's own hooks alike.
-
-    A layer asks before it takes a path that computes everything at once and calls none of them.
-    """
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+def listeners(layer: nn.Module) -> tuple[dict, ...]:
+    """Where hooks on the parts of a layer are kept, hook points and torch's own alike: ``any()`` of it is whether
+    somebody listens. A layer asks before it takes a path that computes everything at once and calls no part."""
+    parts = tuple(layer.modules())[1:]
+    return tuple(d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
 
 
 def _check_returned(name: str | None, value: torch.Tensor, returned: Any) -> None:

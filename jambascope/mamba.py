@@ -11,7 +11,7 @@ from einops import einsum
 from torch import nn
 
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint, any_heard
+from jambascope.hook_point import HookPoint, listeners
 from jambascope.kernels import decode
 from jambascope.kernels.selective_scan import ScanResult, selective_scan
 from jambascope.norms import InnerNorm
@@ -56,17 +56,17 @@ class MambaMixer(nn.Module):
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
         self.eps = config.eps
-        self._parts = tuple(self.modules())[1:]
+        self._listeners, self._step_weights = listeners(self), decode.Weights()
 
     def forward(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]; the state before the first position comes from ``run.state``."""
         mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
         memory = run.mamba_state(self.layer)
-        if memory is not None and mask is None and hidden.shape[1] == 1 and not any_heard(self._parts):
-            weights = self._weights()
-            if decode.fits(hidden, weights) and self.A_log.shape[0] % 16 == 0:
-                out, *memory = decode.mamba_step(hidden[:, 0], memory.conv, memory.ssm, weights, self.eps)
-                run.update_mamba(self.layer, MambaState(*memory))
+        if memory is not None and mask is None and decode.fits(hidden) and not any(self._listeners):
+            stepped = self._step(hidden[:, 0], memory)
+            if stepped is not None:
+                out, *new = stepped
+                run.update_mamba(self.layer, MambaState(*new))
                 return out[:, None]
 
         # Slices rather than chunk and split: their outputs could not be edited in place by a hook.
@@ -88,23 +88,23 @@ class MambaMixer(nn.Module):
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         return self.out_proj(self.hook_z(scan.y))
 
-    def _weights(self) -> decode.MambaWeights:
-        own, norms = self._parameters, (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
-        in_proj, conv, out_proj = self.in_proj, self.conv1d, self.out_proj
-        return decode.MambaWeights(
-            in_proj.weight,
-            in_proj.bias,
-            conv.weight[:, 0],
-            conv.bias,
-            self.x_proj.weight,
-            *(getattr(norm, "weight", None) for norm in norms),
-            self.dt_proj.weight,
-            self.dt_proj.bias,
-            own["A_log"],
-            own["D"],
-            out_proj.weight,
-            out_proj.bias,
+    def _step(self, hidden: torch.Tensor, memory: MambaState) -> tuple[torch.Tensor, ...] | None:
+        """Output, new past and new state for one token [B D] in one call, where ``decode`` can."""
+        if self.A_log.shape[0] % decode.CHANNELS:
+            return None
+        linear, conv, x, dt, out = (
+            self._modules[name]._parameters for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
         )
+        norms = (self._modules[f"{name}_layernorm"]._parameters.get("weight") for name in ("dt", "b", "c"))
+        weights = self._step_weights.addresses(
+            (
+                *(linear["weight"], linear["bias"], conv["weight"], conv["bias"], x["weight"], *norms),
+                *(dt["weight"], dt["bias"], self.A_log, self.D, out["weight"], out["bias"]),
+            )
+        )
+        if weights is None:
+            return None
+        return decode.mamba_step(hidden, memory.conv, memory.ssm, self.dt_rank, self.eps, weights)
 
     def _scan(self, x, dt, B, C, gate, mask, initial_state) -> ScanResult:
         """softplus of dt and its bias, the scan and the gate.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jambascope.hook_point import HookPoint
+from jambascope.hook_point import HookPoint, listeners
 from jambascope.kernels import rms_norm
 
 
@@ -34,6 +34,7 @@ class RMSNorm(InnerNorm):
         super().__init__(width, eps)
         self.hook_scale = HookPoint()  # [B T 1]
         self.hook_normalized = HookPoint()  # [B T D]
+        self._listeners = listeners(self)
 
     @property
     def w(self) -> torch.Tensor:
@@ -41,7 +42,7 @@ class RMSNorm(InnerNorm):
         return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.hook_scale.heard or self.hook_normalized.heard):
+        if not any(self._listeners):
             return super().forward(x)
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = self.hook_scale((x32.square().mean(-1, keepdim=True) + self.eps).sqrt())

@@ -33,9 +33,16 @@ LOG2_E = np.float32(1.4426950408889634)
 
 @njit(inline="always", fastmath=FAST)
 def matvec(weight, bias, v, out, rows, width):
-    """out[r] = weight[r] . v + bias[r] for a weight [rows width]; four rows at a time share each load of v."""
+    """out[r] = weight[r] . v + bias[r] for a weight [rows width]; four rows at a time share a load of v."""
     whole = width - width % LANES
     r = 0
+    if width <= 2 * LANES:  # too short to sum along: sixteen rows at a time instead
+        while r + LANES <= rows:
+            acc = load(bias, r) if bias != 0 else splat(ZERO)
+            for k in range(width):
+                acc = acc + load_every(weight, r * width + k, width) * read(v, k)
+            store(out, r, acc)
+            r += LANES
     while r + 4 <= rows:
         at = r * width
         a = b = c = d = splat(ZERO)
@@ -59,7 +66,7 @@ def matvec(weight, bias, v, out, rows, width):
             out[r] += read(v, k) * read(weight, r * width + k)
         r += 1
     if bias != 0:
-        for r in range(rows):
+        for r in range(rows - rows % LANES if width <= 2 * LANES else 0, rows):
             out[r] += read(bias, r)
 
 
