@@ -71,10 +71,9 @@ class MambaMixer(nn.Module):
         R, N = self.dt_rank, self.d_state
         B = self.hook_B(self.b_layernorm(dt_B_C[..., R : R + N]))
         C = self.hook_C(self.c_layernorm(dt_B_C[..., R + N :]))
-        dt = self._step_size(self.dt_layernorm(dt_B_C[..., :R]))
-        dt = self.hook_dt(dt if mask is None else dt * mask)
+        dt = F.linear(self.dt_layernorm(dt_B_C[..., :R]), self.dt_proj.weight)
 
-        scan = self._scan(x, dt, B, C, gate, None if memory is None else memory.ssm)
+        scan = self._scan(x, dt, B, C, gate, run.mask, None if memory is None else memory.ssm)
         if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         return self.out_proj(self.hook_z(scan.y))
@@ -94,22 +93,23 @@ class MambaMixer(nn.Module):
         new_past = None if past is None else _last_inputs(past, x, mask)
         return F.silu(self.hook_conv(out)) if heard else out, new_past
 
-    def _step_size(self, dt: torch.Tensor) -> torch.Tensor:
-        """softplus(dt W + bias), the bias added in float32: [B T R] -> [B T E]."""
-        dt = F.linear(dt, self.dt_proj.weight)
-        dtype = torch.promote_types(dt.dtype, torch.float32)
-        return F.softplus(dt.to(dtype) + self.dt_proj.bias.to(dtype))
+    def _scan(self, x, dt, B, C, gate, mask, initial_state) -> ScanResult:
+        """softplus of dt and its bias, the scan and the gate.
 
-    def _scan(self, x, dt, B, C, gate, initial_state) -> ScanResult:
-        """The scan and the gate; the trajectory of states exists only when somebody listens to it."""
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        arguments = dict(A=A, B=B, C=C, D=self.D, initial_state=initial_state)
+        Steps, trajectory and read-out before the gate exist only when somebody listens to them.
+        """
+        dtype = torch.promote_types(dt.dtype, torch.float32)
+        A = -torch.exp(self.A_log.to(dtype))
+        arguments = dict(A=A, B=B, C=C, D=self.D, initial_state=initial_state, mask=mask)
         if not self.hook_y.heard:
             arguments["gate"] = gate
-        if self.hook_ssm_write.heard or self.hook_ssm_state.heard:
-            scan = self._scan_with_listeners(x, dt, arguments)
+        trajectory = self.hook_ssm_write.heard or self.hook_ssm_state.heard
+        if self.hook_dt.heard or trajectory:
+            dt = F.softplus(dt.to(dtype) + self.dt_proj.bias.to(dtype))
+            dt = self.hook_dt(dt if mask is None else dt * mask[..., None])
         else:
-            scan = selective_scan(x, dt, **arguments)
+            arguments.update(dt_bias=self.dt_proj.bias, dt_softplus=True)
+        scan = self._scan_with_listeners(x, dt, arguments) if trajectory else selective_scan(x, dt, **arguments)
         if self.hook_y.heard:
             scan = scan._replace(y=self.hook_y(scan.y) * F.silu(gate))
         return scan
@@ -120,7 +120,7 @@ class MambaMixer(nn.Module):
         A changed write is added to the state at its position. A changed entry of the state is pinned to the new
         value, and later positions follow from it; entries a hook left alone are scanned again.
         """
-        positions = torch.arange(x.shape[1])
+        positions = range(x.shape[1])
         edits = None
         if self.hook_ssm_write.heard:
             write = einsum(dt * x, arguments["B"].to(dt.dtype), "b t e, b t n -> b e t n")

@@ -44,15 +44,24 @@ def make(batch, length, channels, states, dtype=torch.float64, seed=0):
 
 
 def some_positions(length):
-    return torch.tensor(sorted({0, length // 2, length - 1}))
+    return sorted({0, length // 2, length - 1})
 
 
-def run(arguments, dtype, backend, edits=None, capture=None, options=()):
+def marks(batch, length):
+    """Padding at the left, in between and at the right, and documents that begin anywhere, also at padding."""
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.rand(batch, length, generator=generator) > 0.2
+    mask[0, -(length // 4) :] = length < 4
+    mask[-1, : length // 4] = False
+    return dict(mask=mask, resets=torch.rand(batch, length, generator=generator) < 0.15)
+
+
+def run(arguments, dtype, backend, edits=None, capture=None, absent=(), **options):
     """Results and gradients by name, of a random weighting of all outputs."""
-    leaves = {k: v.to(dtype).detach().clone().requires_grad_() for k, v in arguments.items() if k not in options}
+    leaves = {k: v.to(dtype).detach().clone().requires_grad_() for k, v in arguments.items() if k not in absent}
     edit_leaves = {k: v.float().to(dtype).detach().clone().requires_grad_() for k, v in (edits or {}).items()}
     state_edits = StateEdits(some_positions(leaves["x"].shape[1]), **edit_leaves) if edits else None
-    result = selective_scan(**leaves, edits=state_edits, capture=capture, backend=backend)
+    result = selective_scan(**leaves, **options, edits=state_edits, capture=capture, backend=backend)
     outputs = {k: v for k, v in result._asdict().items() if v is not None}
     generator = torch.Generator().manual_seed(9)
     weights = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in outputs.items()}
@@ -89,8 +98,104 @@ def test_cpu_equals_reference_with_edits(size):
 @pytest.mark.parametrize("absent", [("gate",), ("D",), ("initial_state",), ("gate", "D", "initial_state")], ids=str)
 def test_options_left_out(absent):
     arguments = make(2, 37, 24, 5)
-    expected = run(arguments, torch.float64, "reference", options=absent)
-    assert_close(run(arguments, torch.float32, "cpu", options=absent), expected, 2e-6)
+    expected = run(arguments, torch.float64, "reference", absent=absent)
+    assert_close(run(arguments, torch.float32, "cpu", absent=absent), expected, 2e-6)
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["", "edited"])
+@pytest.mark.parametrize("size", SIZES)
+def test_cpu_equals_reference_with_raw_steps_and_marks(size, edited):
+    batch, length, channels, states = SIZES[size]
+    arguments = make(*SIZES[size])
+    generator = torch.Generator().manual_seed(4)
+    arguments["dt"] = 2 * torch.randn(batch, length, channels, generator=generator, dtype=torch.float64)
+    arguments["dt_bias"] = torch.randn(channels, generator=generator, dtype=torch.float64)
+    shape = (batch, channels, len(some_positions(length)), states)
+    edits = {k: torch.randn(shape, generator=generator, dtype=torch.float64) for k in ("scale", "shift")}
+    options = dict(edits=edits if edited else None, capture="all", dt_softplus=True, **marks(batch, length))
+    expected = run(arguments, torch.float64, "reference", **options)
+    assert_close(run(arguments, torch.float32, "cpu", **options), expected, 2e-6)
+
+
+@pytest.mark.parametrize("channels", [[0], [3, 4, 5, 20], list(range(16, 32)), [], [32]], ids=str)
+def test_cpu_captures_chosen_channels(channels):
+    arguments = make(2, 30, 33, 5)
+    options = dict(capture=[0, 7, 29], capture_channels=channels)
+    expected = run(arguments, torch.float64, "reference", **options)
+    assert expected["captured"].shape == (2, len(channels), 3, 5)
+    assert_close(run(arguments, torch.float32, "cpu", **options), expected, 2e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_padding_is_as_if_it_were_not_there(backend):
+    a = {k: v.float() for k, v in make(1, 12, 5, 3).items()}
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0]]).bool()
+    padded = {
+        k: v.masked_fill(~mask[..., None], float("inf")) if v.ndim == 3 and k in "x gate" else v for k, v in a.items()
+    }
+    packed = {k: v[:, mask[0]] if v.ndim == 3 and k != "initial_state" else v for k, v in a.items()}
+    result = selective_scan(**padded, mask=mask, backend=backend)
+    expected = selective_scan(**packed, backend=backend)
+    torch.testing.assert_close(result.y[mask], expected.y[0])
+    torch.testing.assert_close(result.final_state, expected.final_state)
+    assert (result.y[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_packed_documents_do_not_see_each_other(backend):
+    a = {k: v.float() for k, v in make(1, 12, 5, 3).items()}
+    resets = torch.zeros(1, 12, dtype=torch.bool)
+    resets[0, [4, 9]] = True
+    result = selective_scan(**a, resets=resets, backend=backend)
+    state = a.pop("initial_state")
+    for start, stop in ((0, 4), (4, 9), (9, 12)):
+        document = {k: v[:, start:stop] if v.ndim == 3 else v for k, v in a.items()}
+        alone = selective_scan(**document, initial_state=state if start == 0 else None, backend=backend)
+        torch.testing.assert_close(result.y[:, start:stop], alone.y)
+    torch.testing.assert_close(result.final_state, alone.final_state)
+
+
+@pytest.mark.parametrize("offset", [0, 40])
+def test_a_gate_that_is_a_slice_is_read_in_place(offset):
+    a = {k: v.float() for k, v in make(2, 20, 40, 4).items()}
+    projection = torch.cat((a["gate"], a["x"]), dim=-1) if offset == 0 else torch.cat((a["x"], a["gate"]), dim=-1)
+    result = selective_scan(**a | dict(gate=projection[..., offset : offset + 40]), backend="cpu")
+    assert torch.equal(result.y, selective_scan(**a, backend="cpu").y)
+
+
+@pytest.mark.parametrize("v", [-100.0, -20.0, -3.0, 0.0, 1e-3, 2.0, 30.0, 300.0])
+def test_softplus_is_accurate_to_its_last_digits(v):
+    a = dict(
+        x=torch.ones(1, 1, 1),
+        dt=torch.full((1, 1, 1), v),
+        A=-torch.ones(1, 1),
+        B=torch.ones(1, 1, 1),
+        C=torch.ones(1, 1, 1),
+    )
+    step = selective_scan(**a, dt_softplus=True, backend="cpu").y.item()
+    truth = F.softplus(torch.tensor(v, dtype=torch.float64), threshold=1e9).item()
+    assert step == pytest.approx(truth, rel=4e-7, abs=1e-37)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [StateEdits.set_to, StateEdits.add, StateEdits.multiply],
+    ids=["set", "add", "multiply"],
+)
+def test_named_edits_do_what_they_say(edits):
+    a = make(1, 6, 2, 2)
+    value = torch.randn(1, 2, 1, 2, dtype=torch.float64)
+    plain = selective_scan(**a, capture=[3]).captured
+    changed = selective_scan(**a, capture=[3], edits=edits([3], value)).captured
+    expected = {"set_to": value, "add": plain + value, "multiply": plain * value}[edits.__name__]
+    torch.testing.assert_close(changed, expected)
+
+
+@pytest.mark.parametrize("states", [100, 256])
+def test_large_states(states):
+    arguments = make(1, 20, 3, states)
+    expected = run(arguments, torch.float64, "reference", capture=[4])
+    assert_close(run(arguments, torch.float32, "cpu", capture=[4]), expected, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -104,7 +209,7 @@ def test_half_precision_keeps_float32_states(dtype):
 
 def test_reference_gradients_by_finite_differences():
     arguments = {k: v.requires_grad_() for k, v in make(1, 4, 2, 2).items()}
-    edits = StateEdits(torch.tensor([2]), *torch.randn(2, 1, 2, 1, 2, dtype=torch.float64).requires_grad_())
+    edits = StateEdits([2], *torch.randn(2, 1, 2, 1, 2, dtype=torch.float64).requires_grad_())
 
     def function(*values):
         inputs = dict(zip([*arguments, "scale", "shift"], values, strict=True))
@@ -197,7 +302,15 @@ def test_bad_arguments_are_named():
     with pytest.raises(InputError, match=r"within 0\.\.5"):
         selective_scan(**a, capture=[6])
     with pytest.raises(InputError, match="edits.scale has shape"):
-        selective_scan(**a, edits=StateEdits(torch.tensor([1]), torch.ones(2, 4, 2, 3), torch.ones(2, 4, 1, 3)))
+        selective_scan(**a, edits=StateEdits([1], torch.ones(2, 4, 2, 3), torch.ones(2, 4, 1, 3)))
+    with pytest.raises(InputError, match="capture_channels says which"):
+        selective_scan(**a, capture_channels=[1])
+    with pytest.raises(InputError, match=r"capture_channels=\[4\] must be .* within 0\.\.3"):
+        selective_scan(**a, capture="all", capture_channels=[4])
+    with pytest.raises(InputError, match="capture='some' must be 'all'"):
+        selective_scan(**a, capture="some")
+    with pytest.raises(InputError, match="mask is torch.int64; give booleans"):
+        selective_scan(**a, mask=torch.ones(2, 6, dtype=torch.long))
     with pytest.raises(InputError, match="no positions"):
         selective_scan(**a | {k: a[k][:, :0] for k in ("x", "dt", "B", "C", "gate")})
     with pytest.raises(ConfigError, match="backend='warp'"):

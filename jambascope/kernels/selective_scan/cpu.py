@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from jambascope.kernels.compiling import announce_first_compile
-from jambascope.kernels.selective_scan.interface import ScanResult, StateEdits
+from jambascope.kernels.selective_scan.interface import Options, ScanResult
 from jambascope.kernels.threads import run_items
 
 LOG2_E = math.log2(math.e)
 SERIAL_BELOW = 65_536
 """State updates below which waking another thread costs more than it saves."""
-_NOTHING = np.empty((0, 0, 0, 0), np.float32)
 _NO_SLOTS = np.empty(0, np.int32)
+
+
+class _Plan(NamedTuple):
+    """What the loops take beside tensors of numbers."""
+
+    dt_softplus: bool
+    marks: np.ndarray
+    edit_slot: np.ndarray
+    capture_slot: np.ndarray
+    channel_slot: np.ndarray
+    captured_size: tuple[int, int]
+    """Positions and channels captured."""
 
 
 def selective_scan(
@@ -26,62 +38,81 @@ def selective_scan(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    capture: torch.Tensor | None,
-    edits: StateEdits | None,
+    options: Options,
 ) -> ScanResult:
     """See :func:`jambascope.kernels.selective_scan.selective_scan`. Arithmetic and states in float32."""
     from jambascope.kernels.selective_scan.cpu_kernels import LANES
 
-    d_inner, length = x.shape[2], x.shape[1]
+    length, d_inner = x.shape[1:]
+    edits = options.edits
+    scale, shift = (None, None) if edits is None else (edits.scale, edits.shift)
     if D is None:
         D = x.new_zeros(d_inner)
-    scale, shift = (None, None) if edits is None else (edits.scale, edits.shift)
+    inputs = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state, scale, shift)
     pad = -d_inner % LANES
-    channels_last = [x, dt, gate, D]
-    channels_first = [A, initial_state]
     if pad:
-        channels_last = [None if v is None else F.pad(v, (0, pad)) for v in channels_last]
-        channels_first = [None if v is None else F.pad(v, (0, 0, 0, pad)) for v in channels_first]
-        scale, shift = [None if v is None else F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (scale, shift)]
-    x_, dt_, gate_, D_ = channels_last
-    A_, h0_ = channels_first
-    inputs = (x_, dt_, A_, B, C, D_, gate_, h0_, scale, shift)
-    slots = (
-        _slots(None if edits is None else edits.positions, length),
-        _slots(capture, length),
-        0 if capture is None else len(capture),
-    )
+        inputs = _pad_channels(inputs, pad)
+    plan = _plan(options, length, d_inner, pad)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
-        y, final, captured = _Scan.apply(*inputs, *slots)
+        y, final, captured = _Scan.apply(*inputs, plan)
     else:
-        (y, final, captured), _ = _scan(*inputs, *slots, keep=False)
+        (y, final, captured), _ = _scan(*inputs, plan, keep=False)
     # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
-    captured = None if capture is None else captured.permute(0, 3, 1, 2)[:, :d_inner]
+    captured = None if options.capture is None else captured.permute(0, 3, 1, 2)
     if pad:
         y, final = y[..., :d_inner], final[:, :d_inner]
     return ScanResult(y, final, captured)
 
 
-def _slots(positions: torch.Tensor | None, length: int) -> np.ndarray:
-    """[T] int32: which edit or capture slot a position has, -1 for none; empty when there are no positions."""
-    if positions is None or len(positions) == 0:
+def _pad_channels(inputs: tuple, pad: int) -> tuple:
+    x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift = inputs
+    x, dt, D, gate, dt_bias = [None if v is None else F.pad(v, (0, pad)) for v in (x, dt, D, gate, dt_bias)]
+    A, h0 = [None if v is None else F.pad(v, (0, 0, 0, pad)) for v in (A, h0)]
+    scale, shift = [None if v is None else F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (scale, shift)]
+    return x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift
+
+
+def _plan(options: Options, length: int, d_inner: int, pad: int) -> _Plan:
+    capture, channels, edits = options.capture, options.channels, options.edits
+    channel_slot, n_channels = _NO_SLOTS, 0
+    if capture is not None:
+        channels = np.arange(d_inner) if channels is None else channels
+        channel_slot, n_channels = _slots(channels, d_inner + pad), len(channels)
+    return _Plan(
+        options.dt_softplus,
+        np.empty((0, 0), np.uint8) if options.marks is None else options.marks.contiguous().numpy(),
+        _slots(None if edits is None else edits.positions, length),
+        _slots(capture, length),
+        channel_slot,
+        (0 if capture is None else len(capture), n_channels),
+    )
+
+
+def _slots(chosen: np.ndarray | None, size: int) -> np.ndarray:
+    """[size] int32: which edit or capture slot an index has, -1 for none; empty when nothing is chosen."""
+    if chosen is None or len(chosen) == 0:
         return _NO_SLOTS
-    slots = np.full(length, -1, np.int32)
-    slots[positions.cpu().numpy()] = np.arange(len(positions), dtype=np.int32)
+    slots = np.full(size, -1, np.int32)
+    slots[chosen] = np.arange(len(chosen), dtype=np.int32)
     return slots
 
 
-def _array(v: torch.Tensor | None) -> np.ndarray:
+def _array(v: torch.Tensor | None, ndim: int) -> np.ndarray:
+    """Contiguous float32; an option that is off is an empty array of its rank (numba compiles per rank)."""
     if v is None:
-        return _NOTHING
+        return np.empty((0,) * ndim, np.float32)
     return v.detach().to(torch.float32).contiguous().numpy()
 
 
-def _rank(v: np.ndarray, ndim: int) -> np.ndarray:
-    """Numba compiles per rank: an option that is off is an empty array of the rank it would have."""
-    return v if v.ndim == ndim else np.empty((0,) * ndim, np.float32)
+def _rows(v: torch.Tensor | None) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """[B T E] as flat memory with (offset, stride of b, stride of t): a slice of a projection is not copied."""
+    if v is None:
+        return np.empty(0, np.float32), (0, 0, 0)
+    v = v.detach()
+    if v.dtype != torch.float32 or v.stride(2) != 1 or min(v.stride()) < 0:
+        v = v.to(torch.float32).contiguous()
+    size = 1 + sum((n - 1) * s for n, s in zip(v.shape, v.stride(), strict=True))
+    return v.as_strided((size,), (1,)).numpy(), (0, v.stride(0), v.stride(1))
 
 
 def _chunk_length(d_state: int) -> int:
@@ -89,40 +120,40 @@ def _chunk_length(d_state: int) -> int:
     return max(8, min(64, 512 // d_state))
 
 
-def _scan(x, dt, A, B, C, D, gate, h0, scale, shift, edit_slot, capture_slot, n_captured, keep):
-    """Results (y, final, captured [B slot N E]) and, with ``keep``, what the backward needs."""
+def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep: bool):
+    """Results (y, final, captured [B slot N channel]) and, with ``keep``, what the backward needs."""
     from jambascope.kernels.selective_scan import cpu_kernels as k
 
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
     chunk = _chunk_length(d_state)
-    arrays = [_array(v) for v in (x, dt, A * LOG2_E, B, C, D)]
-    arrays.append(_rank(_array(gate), 3))
-    h0_array = _rank(_array(h0), 3)
     # [B E slot N] -> [B slot N E]: the layout in which the loop reads a lane block as one vector.
-    edit_arrays = [_array(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)]
+    edits = [_array(None if v is None else v.permute(0, 2, 3, 1), 4) for v in (scale, shift)]
+    numbers = [_array(v, v.ndim) for v in (x, dt, A * LOG2_E, B, C, D)]
+    given = (*numbers, *_rows(gate), _array(dt_bias, 1), plan.dt_softplus, plan.marks)
+    edited = (plan.edit_slot, *edits)
     y = torch.empty(batch, length, d_inner)
     final = torch.empty(batch, d_inner, d_state)
-    captured = torch.empty(batch, n_captured, d_state, d_inner)
+    positions, channels = plan.captured_size
+    captured = torch.empty(batch, positions, d_state, channels)
     checkpoints = np.empty((batch, -(-length // chunk) if keep else 0, d_state, d_inner), np.float32)
+    slots = (plan.capture_slot, plan.channel_slot)
     outputs = y.numpy(), final.numpy(), captured.numpy(), checkpoints
+    arguments = (*given, _array(h0, 3), *edited, *slots, *outputs, chunk)
     announce_first_compile(k.forward)
     run_items(
-        lambda start, stop: k.forward(
-            start, stop, *arrays, h0_array, edit_slot, *edit_arrays, capture_slot, *outputs, chunk
-        ),
+        lambda start, stop: k.forward(start, stop, *arguments),
         batch * d_inner // k.LANES,
         serial=x.numel() * d_state < SERIAL_BELOW,
     )
-    return (y.to(x.dtype), final, captured), (arrays, edit_arrays, checkpoints, chunk)
+    return (y.to(x.dtype), final, captured), (*given, *edited, *slots, checkpoints, chunk)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, gate, h0, scale, shift, edit_slot, capture_slot, n_captured):
-        inputs = (x, dt, A, B, C, D, gate, h0, scale, shift)
-        results, ctx.kept = _scan(*inputs, edit_slot, capture_slot, n_captured, keep=True)
+    def forward(ctx, x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan):
+        inputs = (x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift)
+        results, ctx.kept = _scan(*inputs, plan, keep=True)
         ctx.save_for_backward(*inputs)
-        ctx.slots = edit_slot, capture_slot
         return results
 
     @staticmethod
@@ -131,7 +162,7 @@ class _Scan(torch.autograd.Function):
         from jambascope.kernels.selective_scan import cpu_kernels as k
 
         inputs = ctx.saved_tensors
-        x, _, A, *_, gate, h0, scale, _ = inputs
+        x, _, A, *_, gate, dt_bias, h0, scale, _ = inputs
         (batch, length, d_inner), d_state = x.shape, A.shape[1]
         groups = min(d_inner // k.LANES, max(1, -(-16 // batch)))
         grad_x, grad_dt = torch.empty(2, batch, length, d_inner)
@@ -143,16 +174,12 @@ class _Scan(torch.autograd.Function):
         grad_h0 = torch.empty(batch, d_inner, d_state) if h0 is not None else torch.empty(0, 0, 0)
         n_edits = 0 if scale is None else scale.shape[2]
         grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner)
-        edit_slot, capture_slot = ctx.slots
-        arrays, edit_arrays, checkpoints, chunk = ctx.kept
-        dy, dfinal = _array(dy), _array(dfinal)
-        dcaptured = _array(dcaptured)
+        above = [_array(g, g.ndim) for g in (dy, dfinal, dcaptured)]
         announce_first_compile(k.backward)
         into = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_gate, grad_h0, grad_scale, grad_shift)
-        into = [g.numpy() for g in into]
-        saved = (*arrays, edit_slot, *edit_arrays, capture_slot, checkpoints, chunk)
+        arguments = (groups, *ctx.kept, *above, *(g.numpy() for g in into))
         run_items(
-            lambda start, stop: k.backward(start, stop, groups, *saved, dy, dfinal, dcaptured, *into),
+            lambda start, stop: k.backward(start, stop, *arguments),
             batch * groups,
             serial=x.numel() * d_state < SERIAL_BELOW,
         )
@@ -164,9 +191,9 @@ class _Scan(torch.autograd.Function):
             grad_C.sum(1),
             grad_D.sum(0),
             grad_gate if gate is not None else None,
+            grad_dt.sum((0, 1)) if dt_bias is not None else None,
             grad_h0 if h0 is not None else None,
             grad_scale.permute(0, 3, 1, 2) if scale is not None else None,
             grad_shift.permute(0, 3, 1, 2) if scale is not None else None,
         ]
-        grads = [None if g is None else g.to(v.dtype) for g, v in zip(grads, inputs, strict=True)]
-        return *grads, None, None, None
+        return *(None if g is None else g.to(v.dtype) for g, v in zip(grads, inputs, strict=True)), None
