@@ -190,7 +190,7 @@ def backward_kernel(
             h = tl.load(scratch + at_part)
             xs, raws, dts, dys, gates = (), (), (), (), ()
             for u in tl.static_range(STEPS):
-                live = in_e & (stop - t0 > u)
+                live = e < tl.where(stop - t0 > u, E, 0)
                 xs = xs + (load_row(x + (t0 + u) * stride_xt, e, live),)
                 raws = raws + (load_row(dt + (t0 + u) * stride_dtt, e, live),)
                 dys = dys + (load_row(dy + (t0 + u) * E, e, live),)
@@ -199,7 +199,7 @@ def backward_kernel(
             befores, decays, states = (), (), ()
             for u in tl.static_range(STEPS):
                 alive = stop - t0 > u
-                live = in_e & alive
+                live = e < tl.where(alive, E, 0)
                 x_t = xs[u]
                 dt_t = step_size(raws[u], bias, live, DT_SOFTPLUS)
                 B_t = tl.load(BC + (t0 + u) * 2 * BLOCK_N + n)
@@ -221,7 +221,7 @@ def backward_kernel(
                 states = states + (h,)
             for u in tl.static_range(STEPS - 1, -1, -1):
                 alive = stop - t0 > u
-                live = in_e & alive
+                live = e < tl.where(alive, E, 0)
                 at_t = (t0 + u) * E + e
                 x_t, dt_t, dy_t = xs[u], dts[u], dys[u]
                 before, decay = befores[u], decays[u]

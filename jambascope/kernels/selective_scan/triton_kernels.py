@@ -156,14 +156,14 @@ def forward_kernel(
                 tl.store(checkpoints + tile(b * n_checkpoints + t // CHUNK, n, e, N, E), h, mask=in_ne)
         xs, dts, gates = (), (), ()
         for u in tl.static_range(STEPS):
-            live = in_e & (stop - t > u)
+            live = e < tl.where(stop - t > u, E, 0)
             xs = xs + (load_row(x + u * stride_xt, e, live),)
             dts = dts + (load_row(dt + u * stride_dtt, e, live),)
             if gate is not None:
                 gates = gates + (load_row(gate + u * stride_gt, e, live),)
         for u in tl.static_range(STEPS):
             alive = stop - t > u
-            live = in_e & alive
+            live = e < tl.where(alive, E, 0)
             x_t = xs[u]
             dt_t = step_size(dts[u], bias, live, DT_SOFTPLUS)
             B_t = tl.load(BC + u * 2 * BLOCK_N + n)

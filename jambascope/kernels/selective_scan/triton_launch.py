@@ -1,0 +1,186 @@
+"""Launches of the Triton scan as operators of torch, which know the shapes of their results without running."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+
+CHUNK = 32
+"""Positions between two checkpoints of the state."""
+STEPS, STEPS_WITH_EVENTS = 2, 1
+"""Positions computed between two loads; fewer in programs with edits or captures, whose addresses take registers."""
+CARRY_BLOCK = 128
+LN_2 = math.log(2)
+
+
+def _layout(x: torch.Tensor) -> tuple[int, contextlib.AbstractContextManager]:
+    """Channels per program (a lane for each: 64 on AMD), and the device to launch on."""
+    lanes = 64 if torch.version.hip else 32
+    return lanes, torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    """Of batch and time."""
+    return tuple(s for v in tensors for s in ((0, 0) if v is None else v.stride()[:2]))
+
+
+def _carry(ends, products, given, starts, reverse: bool) -> None:
+    from jambascope.kernels.selective_scan import triton_kernels as k
+
+    batch, segments, d_state, d_inner = ends.shape
+    size = d_state * d_inner
+    k.carry_kernel[(batch * -(-size // CARRY_BLOCK),)](
+        ends, products, given, starts, segments, size, REVERSE=reverse, BLOCK=CARRY_BLOCK, num_warps=4
+    )
+
+
+@torch.library.custom_op("jambascope::selective_scan_forward", mutates_args=())
+def scan_forward(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    BC: torch.Tensor,
+    D: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    h0: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    marks: torch.Tensor | None,
+    edit_slot: torch.Tensor | None,
+    capture_slot: torch.Tensor | None,
+    channel_slot: torch.Tensor | None,
+    n_captured: int,
+    n_channels: int,
+    d_state: int,
+    softplus: bool,
+    segment: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y [B T E], last [B N E], captured [B P N channel], checkpoints [B ceil(T/CHUNK) N E] (empty unless ``keep``)."""
+    from jambascope.kernels.selective_scan import triton_kernels as k
+
+    batch, length, d_inner = x.shape
+    results = _forward_results(x, n_captured, n_channels, d_state, keep)
+    y, last, captured, checkpoints = results
+    block_e, device = _layout(x)
+    segments = -(-length // segment)
+    sizes = (length, d_inner, segment, 0 if scale is None else scale.shape[1], n_captured, n_channels, checkpoints.shape[1])
+    numbers = (*sizes, *_strides(x, dt, gate))
+    constants = dict(
+        DT_SOFTPLUS=softplus, N=d_state, CHUNK=CHUNK, BLOCK_N=BC.shape[3], BLOCK_E=block_e, num_warps=1, num_stages=1,
+        STEPS=STEPS if edit_slot is None and capture_slot is None else STEPS_WITH_EVENTS,
+    )  # fmt: skip
+    grid = (batch * segments * -(-d_inner // block_e),)
+    with device:
+        starts = h0
+        if segments > 1:
+            ends, products, starts = last.new_empty(3, batch, segments, d_state, d_inner)
+            edits = (edit_slot, scale, shift)
+            k.forward_kernel[grid](
+                x, dt, A, BC, None, None, bias, marks, None, *edits, None, None, None, None, None, None, ends, products,
+                *numbers, **constants,
+            )  # fmt: skip
+            _carry(ends, products, h0, starts, False)
+        k.forward_kernel[grid](
+            x, dt, A, BC, D, gate, bias, marks, starts, edit_slot, scale, shift, capture_slot, channel_slot,
+            y, last, captured if n_captured else None, checkpoints if keep else None, None, None, *numbers, **constants,
+        )  # fmt: skip
+    return results
+
+
+def _forward_results(x, n_captured, n_channels, d_state, keep):
+    batch, length, d_inner = x.shape
+    state = x.new_empty(batch, d_state, d_inner, dtype=torch.float32)
+    captured = state.new_empty(batch, n_captured, d_state, n_channels)
+    checkpoints = state.new_empty(batch, -(-length // CHUNK) if keep else 0, d_state, d_inner)
+    return x.new_empty(batch, length, d_inner), state, captured, checkpoints
+
+
+@scan_forward.register_fake
+def _(x, dt, A, BC, D, gate, bias, h0, scale, shift, marks, edit_slot, capture_slot, channel_slot, n_captured,
+      n_channels, d_state, softplus, segment, keep):  # fmt: skip
+    return _forward_results(x, n_captured, n_channels, d_state, keep)
+
+
+@torch.library.custom_op("jambascope::selective_scan_backward", mutates_args=())
+def scan_backward(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    BC: torch.Tensor,
+    D: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    h0: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    marks: torch.Tensor | None,
+    edit_slot: torch.Tensor | None,
+    capture_slot: torch.Tensor | None,
+    channel_slot: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+    dy: torch.Tensor,
+    dlast: torch.Tensor,
+    dcaptured: torch.Tensor,
+    n_captured: int,
+    n_channels: int,
+    d_state: int,
+    softplus: bool,
+    segment: int,
+) -> list[torch.Tensor]:
+    """Gradients of the first ten arguments; empty for those that are None."""
+    from jambascope.kernels.selective_scan import triton_backward as k
+
+    batch, length, d_inner = x.shape
+    results = _gradients(x, dt, A, BC, D, gate, bias, h0, scale, shift)
+    grad_x, grad_dt, _, _, _, grad_gate, _, grad_h0, grad_scale, grad_shift = results
+    block_e, device = _layout(x)
+    segments, blocks = -(-length // segment), -(-d_inner // block_e)
+    n_edits, block_n = 0 if scale is None else scale.shape[1], BC.shape[3]
+    steps = STEPS if edit_slot is None and capture_slot is None else STEPS_WITH_EVENTS
+    sizes = (length, d_inner, segment, n_edits, n_captured, n_channels)
+    constants = dict(
+        DT_SOFTPLUS=softplus, N=d_state, CHUNK=CHUNK, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1, num_stages=1
+    )
+    scratch = A.new_empty(batch * segments * blocks, CHUNK // steps, block_n, block_e)
+    part_A = A.new_empty(batch, segments, d_state, d_inner)
+    part_BC = A.new_empty(blocks, *BC.shape)
+    part_D, part_bias = A.new_empty(2, batch, segments, d_inner)
+    if not n_captured:
+        dcaptured = None
+    grid = (batch * segments * blocks,)
+    with device:
+        lambdas = dlast
+        if segments > 1:
+            ends, products, lambdas = A.new_empty(3, batch, segments, d_state, d_inner)
+            k.adjoint_ends_kernel[grid](
+                dt, A, BC, gate, bias, marks, edit_slot, scale, capture_slot, channel_slot, dy, dcaptured,
+                ends, products, *sizes, *_strides(dt, gate), **constants,
+            )  # fmt: skip
+            _carry(ends, products, dlast, lambdas, True)
+        k.backward_kernel[grid](
+            x, dt, A, BC, D, gate, bias, marks, edit_slot, scale, shift, capture_slot, channel_slot,
+            checkpoints, dy, lambdas, dcaptured, scratch, grad_x, grad_dt, None if gate is None else grad_gate,
+            part_A, part_BC, part_D, part_bias, None if h0 is None else grad_h0, grad_scale, grad_shift,
+            *sizes, checkpoints.shape[1], *_strides(x, dt, gate), STEPS=steps, **constants,
+        )  # fmt: skip
+    results[2] = part_A.sum((0, 1)) * LN_2
+    results[3] = part_BC.sum(0)
+    if D is not None:
+        results[4] = part_D.sum((0, 1))
+    if bias is not None:
+        results[6] = part_bias.sum((0, 1))
+    return results
+
+
+def _gradients(*inputs: torch.Tensor | None) -> list[torch.Tensor]:
+    """Contiguous, one of each input's shape and type."""
+    return [inputs[0].new_empty(0) if v is None else v.new_empty(v.shape) for v in inputs]
+
+
+@scan_backward.register_fake
+def _(x, dt, A, BC, D, gate, bias, h0, scale, shift, *rest):
+    return _gradients(x, dt, A, BC, D, gate, bias, h0, scale, shift)
