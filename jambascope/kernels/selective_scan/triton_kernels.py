@@ -238,3 +238,61 @@ def carry_kernel(ends, products, given, starts, segments, NE, REVERSE: tl.conste
         tl.store(starts + at_segment, value, mask=inside)
         product = tl.load(products + at_segment, mask=inside, other=0.0)
         value = product * value + tl.load(ends + at_segment, mask=inside, other=0.0)
+
+
+@triton.jit
+def state_update_kernel(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    gate,
+    dt_bias,
+    y,
+    new_state,
+    E,
+    stride_sb,
+    stride_se,
+    stride_sn,
+    stride_Ae,
+    stride_An,
+    stride_xb,
+    stride_dtb,
+    stride_Bb,
+    stride_Cb,
+    stride_gb,
+    DT_SOFTPLUS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One position: x, dt, gate [B E], B, C [B N] with the batch strides given; state and new_state [B E N] alike in
+    the strides given, A [E N] in its own; y [B E] contiguous. The state is read and written once."""
+    blocks = tl.cdiv(E, BLOCK_E)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    in_e, in_n = e < E, n < N
+    in_en = in_e[:, None] & in_n[None, :]
+    at = b * stride_sb + e[:, None].to(tl.int64) * stride_se + n[None, :] * stride_sn
+    h = tl.load(state + at, mask=in_en, other=0.0).to(tl.float32)
+    a = tl.load(A + e[:, None].to(tl.int64) * stride_Ae + n[None, :] * stride_An, mask=in_en, other=0.0).to(tl.float32)
+    x_t = load_row(x + b * stride_xb, e, in_e)
+    bias = None
+    if dt_bias is not None:
+        bias = load_row(dt_bias, e, in_e)
+    dt_t = step_size(load_row(dt + b * stride_dtb, e, in_e), bias, in_e, DT_SOFTPLUS)
+    B_t = load_row(B + b * stride_Bb, n, in_n)
+    C_t = load_row(C + b * stride_Cb, n, in_n)
+    h = tl.exp(dt_t[:, None] * a) * h + (dt_t * x_t)[:, None] * B_t[None, :]
+    tl.store(new_state + at, h.to(new_state.dtype.element_ty), mask=in_en)
+    y_t = tl.sum(h * C_t[None, :], axis=1)
+    if D is not None:
+        y_t += load_row(D, e, in_e) * x_t
+    if gate is not None:
+        g = load_row(gate + b * stride_gb, e, in_e)
+        y_t *= g * tl.sigmoid(g)
+    tl.store(y + b * E + e, y_t.to(y.dtype.element_ty), mask=in_e)

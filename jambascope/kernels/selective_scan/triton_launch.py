@@ -12,6 +12,8 @@ CHUNK = 32
 STEPS, STEPS_WITH_EVENTS = 2, 1
 """Positions computed between two loads; fewer in programs with edits or captures, whose addresses take registers."""
 CARRY_BLOCK = 128
+STATES_PER_STEP = 512
+"""Of one program of the single-step update: few, so that a batch of one still spreads over the GPU."""
 LN_2 = math.log(2)
 
 
@@ -184,3 +186,44 @@ def _gradients(*inputs: torch.Tensor | None) -> list[torch.Tensor]:
 @scan_backward.register_fake
 def _(x, dt, A, BC, D, gate, bias, h0, scale, shift, *rest):
     return _gradients(x, dt, A, BC, D, gate, bias, h0, scale, shift)
+
+
+@torch.library.custom_op("jambascope::selective_state_update", mutates_args=())
+def state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    softplus: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [B E] and the new state, laid out as ``state`` is."""
+    from jambascope.kernels.selective_scan import triton_kernels as k
+
+    batch, d_inner, d_state = state.shape
+    state = _dense(state)
+    y, new_state = x.new_empty(batch, d_inner), torch.empty_like(state)
+    block_n = 1 << (d_state - 1).bit_length()
+    block_e = max(1, STATES_PER_STEP // block_n)
+    _, device = _layout(x)
+    with device:
+        k.state_update_kernel[(batch * -(-d_inner // block_e),)](
+            state, x, dt, A, B, C, D, gate, bias, y, new_state, d_inner, *state.stride(), *A.stride(), x.stride(0),
+            dt.stride(0), B.stride(0), C.stride(0), 0 if gate is None else gate.stride(0),
+            DT_SOFTPLUS=softplus, N=d_state, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=2, num_stages=1,
+        )  # fmt: skip
+    return y, new_state
+
+
+def _dense(state: torch.Tensor) -> torch.Tensor:
+    """As it is if each element has an address of its own and none lies between: [B E N] or [B N E] in memory."""
+    return state if state.is_contiguous() or state.transpose(1, 2).is_contiguous() else state.contiguous()
+
+
+@state_update.register_fake
+def _(state, x, dt, A, B, C, D, gate, bias, softplus):
+    return x.new_empty(x.shape), torch.empty_like(_dense(state))
