@@ -56,7 +56,8 @@ def _kernel(device: torch.device) -> Callable:
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError as error:
-        raise ConfigError(f"backend='mamba_ssm' needs the mamba-ssm package ({error}); install it or use 'auto'") from error
+        message = f"backend='mamba_ssm' needs the mamba-ssm package ({error}); install it or use 'auto'"
+        raise ConfigError(message) from error
     return selective_scan_fn
 
 

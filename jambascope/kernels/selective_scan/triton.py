@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from jambascope.kernels.compile_check import CompileCase
 from jambascope.kernels.selective_scan.interface import PADDING, Options, ScanResult, StateEdits
 from jambascope.kernels.selective_scan.triton_launch import CHUNK, scan_backward, scan_forward
 
@@ -47,30 +48,38 @@ def selective_scan(
         return _scan_in_blocks(x, dt, A, B, C, D, options)
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
     x, dt, gate = (v if v is None or v.stride(2) == 1 else v.contiguous() for v in (x, dt, options.gate))
-    block_n = 1 << (d_state - 1).bit_length()
-    BC = torch.stack((B.float(), C.float()), dim=2)
-    BC = F.pad(BC, (0, block_n - d_state, 0, 0, 0, -length % CHUNK))
+    pad = (1 << (d_state - 1).bit_length()) - d_state
+    BC = F.pad(torch.stack((B.float(), C.float()), dim=2), (0, pad, 0, 0, 0, -length % CHUNK))
     edits = options.edits if options.edits is not None and len(options.edits.positions) else None
     edit_slot = None if edits is None else _slots(edits.positions, length, x.device)
-    scale, shift = (None, None) if edits is None else (_row_major(edits.scale), _row_major(edits.shift))
     keeps = options.capture is not None and len(options.capture) > 0
     capture_slot = _slots(options.capture, length, x.device) if keeps else None
     channel_slot = None if options.channels is None else _slots(options.channels, d_inner, x.device)
     n_captured = len(options.capture) if keeps else 0
     n_channels = d_inner if options.channels is None else len(options.channels)
-    h0 = None if options.initial_state is None else options.initial_state.float().transpose(1, 2).contiguous()
+    h0 = None if options.initial_state is None else _states_first(options.initial_state, pad)
     D, bias = (None if v is None else v.contiguous() for v in (D, options.dt_bias))
-    tensors = (x, dt, (A.float() * LOG2_E).T.contiguous(), BC, D, gate, bias, h0, scale, shift)
+    values = None
+    if edits is not None:
+        values = torch.stack((edits.scale.float(), edits.shift.float()), dim=1)  # [B 2 E P N]
+        values = F.pad(values, (0, pad)).permute(0, 3, 1, 4, 2).contiguous()
+    tensors = (x, dt, _states_first(A.float() * LOG2_E, pad), BC, D, gate, bias, h0, values)
     slots = (options.marks, edit_slot, capture_slot, channel_slot)
     segment = use_chunks(batch, d_inner, length, _multiprocessors(x.device))
-    sizes = (n_captured, n_channels, d_state, options.dt_softplus, segment)
+    sizes = (n_captured, n_channels, options.dt_softplus, segment)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
         y, last, captured = _Scan.apply(*tensors, *slots, *sizes)
     else:
         y, last, captured, _ = scan_forward(*tensors, *slots, *sizes, False)
     # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
-    captured = None if options.capture is None else captured.permute(0, 3, 1, 2)
-    return ScanResult(y, last.transpose(1, 2), captured)
+    captured = None if options.capture is None else captured.permute(0, 3, 1, 2)[..., :d_state]
+    return ScanResult(y, last.transpose(1, 2)[..., :d_state], captured)
+
+
+def _states_first(v: torch.Tensor, pad: int) -> torch.Tensor:
+    """[.. E N] -> [.. N+pad E], float32."""
+    v = F.pad(v, (0, pad)) if pad else v
+    return v.float().transpose(-1, -2).contiguous()
 
 
 def use_chunks(batch: int, d_inner: int, length: int, multiprocessors: int) -> int:
@@ -122,11 +131,6 @@ def _scan_in_blocks(x, dt, A, B, C, D, options: Options) -> ScanResult:
     return ScanResult(y.to(x.dtype), torch.cat([r.final_state for r in results], dim=-1), captured)
 
 
-def _row_major(v: torch.Tensor) -> torch.Tensor:
-    """[B E P N] -> [B P N E], float32."""
-    return v.float().permute(0, 2, 3, 1).contiguous()
-
-
 def _slots(indices: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
     """[size] int32: where in ``indices`` each number stands, -1 for nowhere; made on the device.
 
@@ -146,8 +150,8 @@ def _slots(indices: np.ndarray, size: int, device: torch.device) -> torch.Tensor
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, A, BC, D, gate, bias, h0, scale, shift, *rest):
-        inputs = (x, dt, A, BC, D, gate, bias, h0, scale, shift)
+    def forward(ctx, x, dt, A, BC, D, gate, bias, h0, edits, *rest):
+        inputs = (x, dt, A, BC, D, gate, bias, h0, edits)
         y, last, captured, checkpoints = scan_forward(*inputs, *rest, True)
         ctx.save_for_backward(*inputs, *rest[:4], checkpoints)
         ctx.sizes = rest[4:]
@@ -157,6 +161,14 @@ class _Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dlast, dcaptured):
         *tensors, checkpoints = ctx.saved_tensors
-        grads = scan_backward(*tensors, checkpoints, dy.contiguous(), dlast.contiguous(), dcaptured.contiguous(), *ctx.sizes)
+        given = (v.contiguous() for v in (dy, dlast, dcaptured))
+        grads = scan_backward(*tensors, checkpoints, *given, *ctx.sizes)
         grads = [None if v is None else g.to(v.dtype) for g, v in zip(grads, tensors, strict=False)]
-        return *grads, *[None] * 9
+        return *grads, *[None] * 8
+
+
+def compile_cases() -> list[CompileCase]:
+    """See :mod:`jambascope.kernels.compile_check`."""
+    from jambascope.kernels.selective_scan.triton_cases import scan_cases
+
+    return scan_cases()

@@ -11,10 +11,11 @@ and a quarter of the states each, which would cost shuffles or barriers at every
 STEPS positions are loaded at once, before the first of them is computed. Offsets of a batch row, a segment or a slot
 are 64-bit, and positions are walked by pointer, so that no index overflows at any size.
 
-Shapes: x, dt, gate, y [B T E] with the strides given (channels adjacent); BC [B T' 2 BLOCK_N] float32, B and C of a
+Shapes: x, dt, gate, y [B T E] with the strides given (channels adjacent); BC [B T' 2 N] float32, B and C of a
 position side by side, T' = T rounded up to CHUNK; D, dt_bias [E]; marks [B T] uint8; edit_slot, capture_slot [T] int32
-(-1: none); edit_scale, edit_shift [B P N E]; channel_slot [E] int32 (-1: not captured); captured [B P N channel].
-An argument that is None is compiled away.
+(-1: none); edits [B P 2 N E], scale and shift; channel_slot [E] int32 (-1: not captured); captured [B P N channel].
+An argument that is None is compiled
+away. N is a power of two: the caller pads.
 """
 
 from __future__ import annotations
@@ -42,9 +43,29 @@ def load_row(pointer, at, live):
 
 @triton.jit
 def tile(row, n, e, N: tl.constexpr, E):
-    """Offsets of states [N BLOCK_E] in the 64-bit ``row`` of a tensor [row N E]; from the row each time, because
-    sixteen 64-bit offsets kept through the loop would cost 32 registers. ``max_contiguous``: see above."""
+    """Offsets of states [N BLOCK_E] in the 64-bit ``row`` of a tensor [row N E]; ``max_contiguous``: see above.
+
+    Computed from the row each time, since sixteen 64-bit offsets kept through the loop would cost 32 registers. With
+    64 lanes (AMD) what the lanes share goes into one of about 100 scalar registers, so there they are kept."""
+    if e.shape[0] > 32:
+        return row * (N * E) + tl.max_contiguous(n[:, None] * E + e[None, :], (1, 1))
     return tl.max_contiguous((row * N + n[:, None]) * E + e[None, :], (1, 1))
+
+
+@triton.jit
+def live_lanes(e, E, left, u, STEPS: tl.constexpr):
+    """Channels that exist, at position ``u`` of STEPS of which ``left`` are before the end (at least one)."""
+    limit = E
+    if STEPS > 1:
+        limit = tl.where(left > u, E, 0)
+    return e < limit
+
+
+@triton.jit
+def mark_at(marks, t, left, u, STEPS: tl.constexpr):
+    if STEPS > 1:
+        return tl.load(marks + t + u, mask=left > u, other=0)
+    return tl.load(marks + t)
 
 
 @triton.jit
@@ -61,8 +82,9 @@ def step_size(raw, bias, live, DT_SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def edited(h, edit_scale, edit_shift, at, inside):
-    return h * tl.load(edit_scale + at, mask=inside, other=0.0) + tl.load(edit_shift + at, mask=inside, other=0.0)
+def edited(h, edits, row, n, e, inside, N: tl.constexpr, E):
+    scale = tl.load(edits + tile(2 * row, n, e, N, E), mask=inside, other=0.0)
+    return scale * h + tl.load(edits + tile(2 * row + 1, n, e, N, E), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -77,8 +99,7 @@ def forward_kernel(
     marks,
     starts,
     edit_slot,
-    edit_scale,
-    edit_shift,
+    edits,
     capture_slot,
     channel_slot,
     y,
@@ -104,29 +125,29 @@ def forward_kernel(
     N: tl.constexpr,
     CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """States from ``starts`` [B segment N E] (zeros when None) to the segment's end: into ``y``, ``captured``, the
     state before every CHUNK-th position into ``checkpoints`` [B ceil(T/CHUNK) N E], the row's final state into
     ``last`` [B N E]. Or, with y None, only the segment's affine map: ``ends`` and ``products`` [B segment N E], so
     that the state after it is products * (state before it) + ends."""
+    tl.static_assert(STEPS == 1 or (edit_slot is None and capture_slot is None))
     blocks = tl.cdiv(E, BLOCK_E)
     segments = tl.cdiv(T, segment_length)
     program = tl.program_id(0)
     segment = (program // blocks) % segments
     b = (program // (blocks * segments)).to(tl.int64)
     e = (program % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
-    n = tl.arange(0, BLOCK_N)
+    n = tl.arange(0, N)
     in_e = e < E
-    in_ne = (n < N)[:, None] & in_e[None, :]
+    in_ne = in_e[None, :]
 
     a = tl.load(A + tile(0, n, e, N, E), mask=in_ne, other=0.0)
-    h = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    h = tl.zeros([N, BLOCK_E], tl.float32)
     if starts is not None:
         h = tl.load(starts + tile(b * segments + segment, n, e, N, E), mask=in_ne, other=0.0)
     if products is not None:
-        product = tl.full([BLOCK_N, BLOCK_E], 1.0, tl.float32)
+        product = tl.full([N, BLOCK_E], 1.0, tl.float32)
     if D is not None:
         skip = load_row(D, e, in_e)
     bias = None
@@ -136,14 +157,13 @@ def forward_kernel(
         channel = e
         if channel_slot is not None:
             channel = tl.load(channel_slot + e, mask=in_e, other=-1)
-        in_channel = in_ne & (channel >= 0)[None, :]
-        owns = tl.max(tl.where(in_e, channel, -1), axis=0) >= 0
+        in_channel = (in_e & (channel >= 0))[None, :]
 
     first = segment * segment_length
     stop = tl.minimum(first + segment_length, T)
     x += b * stride_xb + first.to(tl.int64) * stride_xt
     dt += b * stride_dtb + first.to(tl.int64) * stride_dtt
-    BC += (b * (tl.cdiv(T, CHUNK) * CHUNK) + first) * (2 * BLOCK_N)
+    BC += (b * (tl.cdiv(T, CHUNK) * CHUNK) + first) * (2 * N)
     if y is not None:
         y += (b * T + first) * E
     if gate is not None:
@@ -156,19 +176,18 @@ def forward_kernel(
                 tl.store(checkpoints + tile(b * n_checkpoints + t // CHUNK, n, e, N, E), h, mask=in_ne)
         xs, dts, gates = (), (), ()
         for u in tl.static_range(STEPS):
-            live = e < tl.where(stop - t > u, E, 0)
+            live = live_lanes(e, E, stop - t, u, STEPS)
             xs = xs + (load_row(x + u * stride_xt, e, live),)
             dts = dts + (load_row(dt + u * stride_dtt, e, live),)
             if gate is not None:
                 gates = gates + (load_row(gate + u * stride_gt, e, live),)
         for u in tl.static_range(STEPS):
-            alive = stop - t > u
-            live = e < tl.where(alive, E, 0)
+            live = live_lanes(e, E, stop - t, u, STEPS)
             x_t = xs[u]
             dt_t = step_size(dts[u], bias, live, DT_SOFTPLUS)
-            B_t = tl.load(BC + u * 2 * BLOCK_N + n)
+            B_t = tl.load(BC + u * 2 * N + n)
             if marks is not None:
-                mark = tl.load(marks + t + u, mask=alive, other=0)
+                mark = mark_at(marks, t, stop - t, u, STEPS)
                 padded = (mark & PADDING) != 0
                 x_t, dt_t = tl.where(padded, 0.0, x_t), tl.where(padded, 0.0, dt_t)
                 if (mark & RESET) != 0:
@@ -181,19 +200,19 @@ def forward_kernel(
                     if (mark & RESET) != 0:
                         product = tl.zeros_like(product)
             if edit_slot is not None:
-                slot = tl.load(edit_slot + t + u, mask=alive, other=-1)
+                slot = tl.load(edit_slot + t)
                 if slot >= 0:
-                    at_edit = tile(b * n_edits + slot, n, e, N, E)
-                    h = edited(h, edit_scale, edit_shift, at_edit, in_ne)
+                    row = b * n_edits + slot
+                    h = edited(h, edits, row, n, e, in_ne, N, E)
                     if products is not None:
-                        product *= tl.load(edit_scale + at_edit, mask=in_ne, other=0.0)
+                        product *= tl.load(edits + tile(2 * row, n, e, N, E), mask=in_ne, other=0.0)
             if captured is not None:
-                slot = tl.load(capture_slot + t + u, mask=alive, other=-1)
-                if owns & (slot >= 0):
+                slot = tl.load(capture_slot + t)
+                if slot >= 0:
                     at = tile(b * n_captured + slot, n, channel, N, n_channels)
                     tl.store(captured + at, h, mask=in_channel)
             if y is not None:
-                C_t = tl.load(BC + (u * 2 + 1) * BLOCK_N + n)
+                C_t = tl.load(BC + (u * 2 + 1) * N + n)
                 y_t = tl.sum(h * C_t[:, None], axis=0)
                 if D is not None:
                     y_t += skip * x_t
@@ -204,7 +223,7 @@ def forward_kernel(
                 tl.store(y + u * E + e, y_t.to(y.dtype.element_ty), mask=live)
         x += STEPS * stride_xt
         dt += STEPS * stride_dtt
-        BC += STEPS * 2 * BLOCK_N
+        BC += STEPS * 2 * N
         if y is not None:
             y += STEPS * E
         if gate is not None:

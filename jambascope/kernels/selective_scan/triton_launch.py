@@ -9,15 +9,24 @@ import torch
 
 CHUNK = 32
 """Positions between two checkpoints of the state."""
-STEPS, STEPS_WITH_EVENTS = 2, 1
-"""Positions computed between two loads; fewer in programs with edits or captures, whose addresses take registers."""
 CARRY_BLOCK = 128
 STATES_PER_STEP = 512
 """Of one program of the single-step update: few, so that a batch of one still spreads over the GPU."""
 LN_2 = math.log(2)
 
 
-def _layout(x: torch.Tensor) -> tuple[int, contextlib.AbstractContextManager]:
+def layout(lanes: int, backward: bool, edits: bool, captures: bool, d_state: int) -> dict[str, int]:
+    """STEPS, the positions computed between two loads, and warps per program, such that nothing spills.
+
+    Addresses of edited and captured states take registers, so programs that have them go by single positions, as do
+    all backwards with 64 lanes (AMD), whose scalar registers would spill. Backwards with edits a warp of 32 lanes
+    would spill; two warps hold half of the states of a channel in each thread, and the sums over N cross them.
+    """
+    steps = 1 if edits or captures or (backward and lanes == 64) else 2
+    return dict(STEPS=steps, num_warps=2 if backward and edits and lanes == 32 and d_state == 16 else 1)
+
+
+def _device(x: torch.Tensor) -> tuple[int, contextlib.AbstractContextManager]:
     """Channels per program (a lane for each: 64 on AMD), and the device to launch on."""
     lanes = 64 if torch.version.hip else 32
     return lanes, torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
@@ -48,15 +57,13 @@ def scan_forward(
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
     h0: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    edits: torch.Tensor | None,
     marks: torch.Tensor | None,
     edit_slot: torch.Tensor | None,
     capture_slot: torch.Tensor | None,
     channel_slot: torch.Tensor | None,
     n_captured: int,
     n_channels: int,
-    d_state: int,
     softplus: bool,
     segment: int,
     keep: bool,
@@ -64,30 +71,30 @@ def scan_forward(
     """y [B T E], last [B N E], captured [B P N channel], checkpoints [B ceil(T/CHUNK) N E] (empty unless ``keep``)."""
     from jambascope.kernels.selective_scan import triton_kernels as k
 
-    batch, length, d_inner = x.shape
+    (batch, length, d_inner), d_state = x.shape, A.shape[0]
     results = _forward_results(x, n_captured, n_channels, d_state, keep)
     y, last, captured, checkpoints = results
-    block_e, device = _layout(x)
+    block_e, device = _device(x)
     segments = -(-length // segment)
-    sizes = (length, d_inner, segment, 0 if scale is None else scale.shape[1], n_captured, n_channels, checkpoints.shape[1])
+    n_edits = 0 if edits is None else edits.shape[1]
+    sizes = (length, d_inner, segment, n_edits, n_captured, n_channels, checkpoints.shape[1])
     numbers = (*sizes, *_strides(x, dt, gate))
     constants = dict(
-        DT_SOFTPLUS=softplus, N=d_state, CHUNK=CHUNK, BLOCK_N=BC.shape[3], BLOCK_E=block_e, num_warps=1, num_stages=1,
-        STEPS=STEPS if edit_slot is None and capture_slot is None else STEPS_WITH_EVENTS,
+        DT_SOFTPLUS=softplus, N=d_state, CHUNK=CHUNK, BLOCK_E=block_e, num_stages=1,
+        **layout(block_e, False, edit_slot is not None, capture_slot is not None, d_state),
     )  # fmt: skip
     grid = (batch * segments * -(-d_inner // block_e),)
     with device:
         starts = h0
         if segments > 1:
             ends, products, starts = last.new_empty(3, batch, segments, d_state, d_inner)
-            edits = (edit_slot, scale, shift)
             k.forward_kernel[grid](
-                x, dt, A, BC, None, None, bias, marks, None, *edits, None, None, None, None, None, None, ends, products,
-                *numbers, **constants,
+                x, dt, A, BC, None, None, bias, marks, None, edit_slot, edits, None, None,
+                None, None, None, None, ends, products, *numbers, **constants,
             )  # fmt: skip
             _carry(ends, products, h0, starts, False)
         k.forward_kernel[grid](
-            x, dt, A, BC, D, gate, bias, marks, starts, edit_slot, scale, shift, capture_slot, channel_slot,
+            x, dt, A, BC, D, gate, bias, marks, starts, edit_slot, edits, capture_slot, channel_slot,
             y, last, captured if n_captured else None, checkpoints if keep else None, None, None, *numbers, **constants,
         )  # fmt: skip
     return results
@@ -102,9 +109,9 @@ def _forward_results(x, n_captured, n_channels, d_state, keep):
 
 
 @scan_forward.register_fake
-def _(x, dt, A, BC, D, gate, bias, h0, scale, shift, marks, edit_slot, capture_slot, channel_slot, n_captured,
-      n_channels, d_state, softplus, segment, keep):  # fmt: skip
-    return _forward_results(x, n_captured, n_channels, d_state, keep)
+def _(x, dt, A, BC, D, gate, bias, h0, edits, marks, edit_slot, capture_slot, channel_slot, n_captured,
+      n_channels, softplus, segment, keep):  # fmt: skip
+    return _forward_results(x, n_captured, n_channels, A.shape[0], keep)
 
 
 @torch.library.custom_op("jambascope::selective_scan_backward", mutates_args=())
@@ -117,8 +124,7 @@ def scan_backward(
     gate: torch.Tensor | None,
     bias: torch.Tensor | None,
     h0: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    edits: torch.Tensor | None,
     marks: torch.Tensor | None,
     edit_slot: torch.Tensor | None,
     capture_slot: torch.Tensor | None,
@@ -129,28 +135,25 @@ def scan_backward(
     dcaptured: torch.Tensor,
     n_captured: int,
     n_channels: int,
-    d_state: int,
     softplus: bool,
     segment: int,
 ) -> list[torch.Tensor]:
-    """Gradients of the first ten arguments; empty for those that are None."""
+    """Gradients of the first nine arguments; empty for those that are None."""
     from jambascope.kernels.selective_scan import triton_backward as k
 
     batch, length, d_inner = x.shape
-    results = _gradients(x, dt, A, BC, D, gate, bias, h0, scale, shift)
-    grad_x, grad_dt, _, _, _, grad_gate, _, grad_h0, grad_scale, grad_shift = results
-    block_e, device = _layout(x)
+    results = _gradients(x, dt, A, BC, D, gate, bias, h0, edits)
+    grad_x, grad_dt, _, _, _, grad_gate, _, grad_h0, grad_edits = results
+    block_e, device = _device(x)
     segments, blocks = -(-length // segment), -(-d_inner // block_e)
-    n_edits, block_n = 0 if scale is None else scale.shape[1], BC.shape[3]
-    steps = STEPS if edit_slot is None and capture_slot is None else STEPS_WITH_EVENTS
+    n_edits, d_state = 0 if edits is None else edits.shape[1], A.shape[0]
+    shape = layout(block_e, True, edit_slot is not None, capture_slot is not None, d_state)
     sizes = (length, d_inner, segment, n_edits, n_captured, n_channels)
-    constants = dict(
-        DT_SOFTPLUS=softplus, N=d_state, CHUNK=CHUNK, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1, num_stages=1
-    )
-    scratch = A.new_empty(batch * segments * blocks, CHUNK // steps, block_n, block_e)
+    constants = dict(DT_SOFTPLUS=softplus, N=d_state, CHUNK=CHUNK, BLOCK_E=block_e, num_stages=1)
+    scratch = A.new_empty(batch * segments * blocks, CHUNK // shape["STEPS"], d_state, block_e)
     part_A = A.new_empty(batch, segments, d_state, d_inner)
     part_BC = A.new_empty(blocks, *BC.shape)
-    part_D, part_bias = A.new_empty(2, batch, segments, d_inner)
+    part_E = A.new_empty(batch, segments, 2, d_inner)
     if not n_captured:
         dcaptured = None
     grid = (batch * segments * blocks,)
@@ -159,22 +162,24 @@ def scan_backward(
         if segments > 1:
             ends, products, lambdas = A.new_empty(3, batch, segments, d_state, d_inner)
             k.adjoint_ends_kernel[grid](
-                dt, A, BC, gate, bias, marks, edit_slot, scale, capture_slot, channel_slot, dy, dcaptured,
-                ends, products, *sizes, *_strides(dt, gate), **constants,
+                dt, A, BC, gate, bias, marks, edit_slot, edits, capture_slot, channel_slot, dy, dcaptured,
+                ends, products, *sizes, *_strides(dt, gate), num_warps=1, **constants,
             )  # fmt: skip
             _carry(ends, products, dlast, lambdas, True)
         k.backward_kernel[grid](
-            x, dt, A, BC, D, gate, bias, marks, edit_slot, scale, shift, capture_slot, channel_slot,
+            x, dt, A, BC, D, gate, bias, marks, edit_slot, edits, capture_slot, channel_slot,
             checkpoints, dy, lambdas, dcaptured, scratch, grad_x, grad_dt, None if gate is None else grad_gate,
-            part_A, part_BC, part_D, part_bias, None if h0 is None else grad_h0, grad_scale, grad_shift,
-            *sizes, checkpoints.shape[1], *_strides(x, dt, gate), STEPS=steps, **constants,
+            part_A, part_BC, part_E, None if h0 is None else grad_h0, grad_edits,
+            *sizes, checkpoints.shape[1], *_strides(x, dt, gate), **shape,
+            **constants,
         )  # fmt: skip
     results[2] = part_A.sum((0, 1)) * LN_2
     results[3] = part_BC.sum(0)
+    sums = part_E.sum((0, 1))
     if D is not None:
-        results[4] = part_D.sum((0, 1))
+        results[4] = sums[0].clone()
     if bias is not None:
-        results[6] = part_bias.sum((0, 1))
+        results[6] = sums[1].clone()
     return results
 
 
@@ -184,8 +189,8 @@ def _gradients(*inputs: torch.Tensor | None) -> list[torch.Tensor]:
 
 
 @scan_backward.register_fake
-def _(x, dt, A, BC, D, gate, bias, h0, scale, shift, *rest):
-    return _gradients(x, dt, A, BC, D, gate, bias, h0, scale, shift)
+def _(x, dt, A, BC, D, gate, bias, h0, edits, *rest):
+    return _gradients(x, dt, A, BC, D, gate, bias, h0, edits)
 
 
 @torch.library.custom_op("jambascope::selective_state_update", mutates_args=())
@@ -209,7 +214,7 @@ def state_update(
     y, new_state = x.new_empty(batch, d_inner), torch.empty_like(state)
     block_n = 1 << (d_state - 1).bit_length()
     block_e = max(1, STATES_PER_STEP // block_n)
-    _, device = _layout(x)
+    _, device = _device(x)
     with device:
         k.state_update_kernel[(batch * -(-d_inner // block_e),)](
             state, x, dt, A, B, C, D, gate, bias, y, new_state, d_inner, *state.stride(), *A.stride(), x.stride(0),
