@@ -1,10 +1,11 @@
-"""What Mamba layers hold in their states, and for how long.
+"""What Mamba and Mamba-2 layers hold in their states, and for how long.
 
 Axes: T position, E channel (d_inner), N state. The recurrence of Mamba-1 (Gu and Dao, arXiv 2312.00752, eq. 2 and 4) is
 
     h_t[e, n] = exp(dt_t[e] A[e, n]) h_{t-1}[e, n] + dt_t[e] B_t[n] x_t[e],        A < 0
 
-so what stands in entry (e, n) after position j has decayed at position i by exp(A[e, n] (dt_{j+1} + ... + dt_i)).
+and of Mamba-2 (arXiv 2405.21060) the same with one dt and A for all entries of a head, which are repeated here; so
+what stands in entry (e, n) after position j has decayed at position i by exp(A[e, n] (dt_{j+1} + ... + dt_i)).
 Norms are root mean squares, so that groups of channels and layers of different widths can be compared.
 """
 
@@ -41,13 +42,13 @@ def capture_states(model: HookedJamba, tokens: Int[torch.Tensor, "1 pos"], layer
     """One forward pass over one prompt; the states and step sizes of ``layer`` (E x T x N floats are kept).
 
     Raises:
-        InputError: ``layer`` is not a Mamba layer of this model.
+        InputError: ``layer`` has no SSM state.
     """
     _check_layer(model, layer)
     names = [f"blocks.{layer}.mixer.hook_ssm_state", f"blocks.{layer}.mixer.hook_dt"]
     _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None, return_cache_object=False)
     states, dt = (cache[name][0].float().cpu() for name in names)
-    return LayerStates(states, dt, decay_rates(model, layer))
+    return LayerStates(states, _per_channel(dt, model.config.d_inner), decay_rates(model, layer))
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def state_norms(
 
     Each layer's states are reduced as they appear, so that only one layer's [E T N] exists at a time.
     """
-    layers = model.config.mamba_layers if layers is None else tuple(layers)
+    layers = model.config.ssm_layers if layers is None else tuple(layers)
     for layer in layers:
         _check_layer(model, layer)
     norms: dict[int, torch.Tensor] = {}
@@ -77,9 +78,15 @@ def state_norms(
 
 @torch.no_grad()
 def decay_rates(model: HookedJamba, layer: int) -> Float[torch.Tensor, "channels states"]:
-    """A = -exp(A_log) of a Mamba layer, [E N], float32 on the CPU."""
+    """A = -exp(A_log) of a Mamba or Mamba-2 layer, [E N], float32 on the CPU."""
     _check_layer(model, layer)
-    return -torch.exp(model.blocks[layer].mixer.A_log.float()).cpu()
+    A = -torch.exp(model.blocks[layer].mixer.A_log.float()).cpu()
+    return A if A.ndim == 2 else _per_channel(A, model.config.d_inner)[:, None].repeat(1, model.config.d_state)
+
+
+def _per_channel(values: torch.Tensor, d_inner: int) -> torch.Tensor:
+    """Values of channels, or of Mamba-2 heads repeated for their channels: [... E]."""
+    return values.repeat_interleave(d_inner // values.shape[-1], dim=-1)
 
 
 def root_mean_square(values: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
@@ -153,6 +160,6 @@ def group_retention(
 
 
 def _check_layer(model: HookedJamba, layer: int) -> None:
-    if layer not in model.config.mamba_layers:
-        listed = ", ".join(map(str, model.config.mamba_layers)) or "none"
+    if layer not in model.config.ssm_layers:
+        listed = ", ".join(map(str, model.config.ssm_layers)) or "none"
         raise InputError(f"layer={layer!r} is not a Mamba layer of this model; its Mamba layers are {listed}")

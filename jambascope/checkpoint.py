@@ -18,6 +18,7 @@ from jambascope.config import JambaConfig
 from jambascope.devices import parse_device, parse_dtype
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.hf_format import Piece, config_from_hf, config_to_hf, pieces
+from jambascope.kernels.experts.int8 import QUANTIZE, ExpertsInt8, is_quantized, quantize_rows
 from jambascope.zoo import packaged_models
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
 ) -> HookedJamba:
     """Open a packaged model by name, a checkpoint directory, or a hub id.
 
@@ -48,10 +50,12 @@ def load(
         device: where the weights go; the CPU when None.
         dtype: their type; when None, that of the stored embedding (float32 for a packaged model).
         revision: of a hub id.
+        quantize: ``"experts_int8"`` keeps expert weights as int8 with one scale per row (ExpertsInt8, arXiv
+            2408.12570), quantised as they are read; such a model can be run and hooked, not trained or saved.
 
     Raises:
         CheckpointError: a missing, damaged or pickled file; a missing, surplus, misshapen or non-finite tensor.
-        ConfigError: a config.json that describes no model of this family.
+        ConfigError: a config.json that describes no model of this family; a ``quantize`` that does not fit it.
     """
     from jambascope.model import HookedJamba
 
@@ -60,17 +64,35 @@ def load(
     if dtype is None and directory in packaged_models().values():
         dtype = torch.float32  # bfloat16 is how they are packed, not how they are meant to be computed
     config, model_type = read_config(directory)
+    check_quantize(quantize, config)
     where = locate_tensors(directory)
     model = HookedJamba(config, device="meta")
     parameters = dict(model.named_parameters())
     plan = _plan(parameters, config, model_type, where, directory)
     model.to(dtype or _stored_dtype(plan, where))
+    if quantize is not None:
+        for layer in config.moe_layers:
+            model.blocks[layer].mlp.make_int8()
     model.allocate(device)
     with torch.no_grad():
-        _copy_weights(dict(model.named_parameters()), plan, where)
+        _copy_weights(_places(model), plan, where)
     model.tokenizer = load_tokenizer(directory)
     model.name_or_path = str(name_or_path)
     return model.eval()
+
+
+def check_quantize(quantize: str | None, config: JambaConfig) -> None:
+    """Raises ConfigError for a way to quantise that does not exist, or a model without experts to quantise."""
+    if quantize not in (None, QUANTIZE):
+        raise ConfigError(f"quantize={quantize!r} is not known; use {QUANTIZE!r}, or None for the weights as they are")
+    if quantize is not None and not config.moe_layers:
+        raise ConfigError(f"quantize={quantize!r}: this model has no MoE layer, and only experts are quantised; leave it out")
+
+
+def _places(model: HookedJamba) -> dict[str, torch.Tensor | ExpertsInt8]:
+    """Where each parameter's values go; quantised ones under the name of the parameter whose place they took."""
+    quantized = {name: m for name, m in model.named_modules() if isinstance(m, ExpertsInt8)}
+    return dict(model.named_parameters()) | quantized
 
 
 def find_directory(name_or_path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -238,17 +260,23 @@ def _stored_dtype(plan: list[Piece], where: dict[str, Path]) -> torch.dtype:
         return DTYPES[f.get_slice(name).get_dtype()]
 
 
-def _copy_weights(parameters: dict[str, torch.Tensor], plan: list[Piece], where: dict[str, Path]) -> None:
+def _copy_weights(
+    places: dict[str, torch.Tensor | ExpertsInt8], plan: list[Piece], where: dict[str, Path]
+) -> None:
     for path, group in _by_file(plan, where):
-        for batch in _batches(group, parameters):
+        for batch in _batches(group, places):
             # Opened anew for every batch: pages of the mapped file count as ours until the mapping is closed.
             with _open(path) as f:
                 for piece, rows in batch:
                     values = f.get_slice(piece.file_name)[rows] if rows is not None else f.get_tensor(piece.file_name)
                     if not torch.isfinite(values).all():
                         raise CheckpointError(f"{path}: {piece.file_name} holds NaN or infinity; fetch the file again")
-                    target = piece.part(parameters[piece.parameter])
-                    placed = (target if rows is None else target[rows]).copy_(values)
+                    place = places[piece.parameter]
+                    if isinstance(place, ExpertsInt8):
+                        values, scale = quantize_rows(values)
+                        _part(piece, place.scale, rows).copy_(scale)
+                        place = place.values
+                    placed = _part(piece, place, rows).copy_(values)
                     if placed.dtype != values.dtype and not torch.isfinite(placed).all():
                         raise CheckpointError(
                             f"{path}: {piece.file_name} holds values beyond {placed.dtype}; load it in a wider dtype"
@@ -256,12 +284,17 @@ def _copy_weights(parameters: dict[str, torch.Tensor], plan: list[Piece], where:
                     del values, placed
 
 
-def _batches(group: list[Piece], parameters: dict[str, torch.Tensor]) -> Iterator[list[tuple[Piece, slice | None]]]:
+def _part(piece: Piece, place: torch.Tensor, rows: slice | None) -> torch.Tensor:
+    return piece.part(place) if rows is None else piece.part(place)[rows]
+
+
+def _batches(group: list[Piece], places: dict[str, torch.Tensor | ExpertsInt8]) -> Iterator[list[tuple[Piece, slice | None]]]:
     """The pieces of one file, large ones cut into row ranges, in batches of at most about COPY_BYTES."""
     batch: list[tuple[Piece, slice | None]] = []
     held = 0
     for piece in group:
-        target = piece.part(parameters[piece.parameter])
+        place = places[piece.parameter]
+        target = piece.part(place.values if isinstance(place, ExpertsInt8) else place)
         if target.nbytes <= COPY_BYTES:
             ranges: list[slice | None] = [None]
         else:
@@ -303,7 +336,15 @@ def save(model: HookedJamba, directory: str | Path) -> None:
 
     Models that transformers cannot describe are written as ``model_type`` ``jambascope``, which only we open.
     Files appear under their names only when complete.
+
+    Raises:
+        CheckpointError: a directory that is a file; a quantised model, whose weights are no longer those to save.
     """
+    if is_quantized(model):
+        raise CheckpointError(
+            f"a model loaded with quantize={QUANTIZE!r} holds rounded expert weights and cannot be saved; "
+            "load it without quantize and save that"
+        )
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give a directory to save into")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from jambascope.config import JambaConfig
 
 app = typer.Typer(
     name="jambascope",
@@ -24,6 +29,7 @@ app.add_typer(zoo_app, name="zoo")
 
 Model = Annotated[str, typer.Argument(help="A packaged model's name, a checkpoint directory, or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... [default: cpu]")]
+Quantize = Annotated[str | None, typer.Option(help="experts_int8: expert weights in int8. [default: as stored]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as stored]")]
 
 
@@ -66,7 +72,8 @@ def inspect(
     rows = [
         ("parameters, total", f"{readable_count(cost.parameters)} ({cost.parameters:,})"),
         ("parameters, active per token", f"{readable_count(cost.active_parameters)} ({cost.active_parameters:,})"),
-        (f"weights in {dtype}", readable_bytes(cost.parameters * kind.itemsize)),
+        (f"weights in {dtype}", readable_bytes(memory.weight_bytes(config, kind))),
+        *_quantized_row(config, kind),
         (f"KV cache per token in {dtype}", readable_bytes(per_token)),
         (f"KV cache at {context:,} tokens", readable_bytes(per_token * context)),
         ("SSM and conv state, per sequence at any length", readable_bytes(state)),
@@ -76,6 +83,15 @@ def inspect(
     for row in rows:
         totals.add_row(*row)
     console.print(totals)
+
+
+def _quantized_row(config: JambaConfig, dtype: torch.dtype) -> list[tuple[str, str]]:
+    from jambascope.kernels.experts.int8 import QUANTIZE
+    from jambascope.memory import readable_bytes, weight_bytes
+
+    if not config.moe_layers:
+        return []
+    return [(f"weights with --quantize {QUANTIZE}", readable_bytes(weight_bytes(config, dtype, QUANTIZE)))]
 
 
 @app.command()
@@ -89,11 +105,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Continue a prompt and print prompt and continuation."""
     from jambascope import HookedJamba
 
-    loaded = HookedJamba.from_pretrained(model, device=device, dtype=dtype)
+    loaded = HookedJamba.from_pretrained(model, device=device, dtype=dtype, quantize=quantize)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, progress=sys.stderr.isatty())
     typer.echo(loaded.generate(prompt, max_new_tokens, **options))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jambascope.errors import ConfigError
 
-Mixer = Literal["attention", "mamba"]
+Mixer = Literal["attention", "mamba", "mamba2"]
 FeedForward = Literal["none", "dense", "moe"]
 
 
@@ -45,7 +45,7 @@ class JambaConfig:
     """Experts that each token is sent to (S); their softmax weights are not renormalised."""
 
     d_inner: int = 0
-    """Channels of a Mamba mixer (E), ``expand * d_model`` in all releases."""
+    """Channels of a Mamba or Mamba-2 mixer (E), ``expand * d_model`` in all releases."""
     d_state: int = 16
     """State size per channel (N)."""
     d_conv: int = 4
@@ -57,7 +57,19 @@ class JambaConfig:
     proj_bias: bool = False
     """Bias of the mixer's input and output projections."""
     inner_norms: bool = True
-    """RMSNorm on dt, B and C inside the Mamba mixer (Jamba; plain Mamba has none)."""
+    """RMSNorm on dt, B and C inside the Mamba mixer (Jamba; plain Mamba has none). Mamba-2 mixers have their own gated
+    RMSNorm instead, whatever this says."""
+
+    mamba_d_head: int = 64
+    """Channels of a head of a Mamba-2 mixer (P); they share one decay. It has ``d_inner / mamba_d_head`` heads."""
+    mamba_n_groups: int = 1
+    """Groups of Mamba-2 heads (G) that share B and C, and whose channels are normalised together."""
+    dt_min: float = 0.0
+    """Mamba-2 step sizes below this are raised to it (after softplus)."""
+    dt_max: float | None = None
+    """Mamba-2 step sizes above this are lowered to it; None is no limit."""
+    chunk_size: int | None = None
+    """Positions per chunk of a Mamba-2 scan: speed and memory, not results. None takes the kernel's measured choice."""
 
     eps: float = 1e-6
     """Epsilon of every RMSNorm."""
@@ -96,6 +108,24 @@ class JambaConfig:
         return tuple(i for i, m in enumerate(self.mixers) if m == "mamba")
 
     @property
+    def mamba2_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, m in enumerate(self.mixers) if m == "mamba2")
+
+    @property
+    def ssm_layers(self) -> tuple[int, ...]:
+        """Layers with a state-space mixer, Mamba or Mamba-2."""
+        return tuple(i for i, m in enumerate(self.mixers) if m in ("mamba", "mamba2"))
+
+    @property
+    def mamba_n_heads(self) -> int:
+        """Heads of a Mamba-2 mixer."""
+        return self.d_inner // self.mamba_d_head
+
+    def conv_width(self, mixer: Mixer) -> int:
+        """Channels that a mixer's convolution runs over: x in Mamba; x, B and C in Mamba-2."""
+        return self.d_inner + (2 * self.mamba_n_groups * self.d_state if mixer == "mamba2" else 0)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(i for i, f in enumerate(self.feed_forwards) if f == "moe")
 
@@ -111,9 +141,12 @@ class JambaConfig:
         expert_layer_offset: int = 1,
         num_experts: int = 16,
         expand: int = 2,
+        mixer: Literal["mamba", "mamba2"] = "mamba",
         **fields: Any,
     ) -> JambaConfig:
         """A hybrid laid out by periods and offsets (arXiv 2403.19887, section 3.1), other fields as given.
+
+        ``mixer`` stands in the layers without attention: ``"mamba2"`` is the ablation of Jamba-1.5 (arXiv 2408.12570).
 
         Layer i is attention when ``i % attn_layer_period == attn_layer_offset`` and its feed-forward is MoE when
         ``i % expert_layer_period == expert_layer_offset`` and there is more than one expert.
@@ -132,7 +165,7 @@ class JambaConfig:
             d_model=d_model,
             d_inner=expand * d_model,
             num_experts=num_experts,
-            mixers=tuple("attention" if i % attn_layer_period == attn_layer_offset else "mamba" for i in layers),
+            mixers=tuple("attention" if i % attn_layer_period == attn_layer_offset else mixer for i in layers),
             feed_forwards=tuple(
                 "moe" if num_experts > 1 and i % expert_layer_period == expert_layer_offset else "dense" for i in layers
             ),
@@ -158,9 +191,9 @@ def _check(c: JambaConfig) -> None:
                 "must be a whole number of at least 1",
             )
 
-    positive("d_model", "d_vocab")
+    positive("d_model", "d_vocab", "mamba_d_head", "mamba_n_groups")
     need(len(c.mixers) >= 1, "mixers", "name at least one layer")
-    need(set(c.mixers) <= {"attention", "mamba"}, "mixers", "each layer must be 'attention' or 'mamba'")
+    need(set(c.mixers) <= set(get_args(Mixer)), "mixers", "each layer must be 'attention', 'mamba' or 'mamba2'")
     need(set(c.feed_forwards) <= {"none", "dense", "moe"}, "feed_forwards", "each must be 'none', 'dense' or 'moe'")
     need(
         len(c.feed_forwards) == len(c.mixers),
@@ -169,7 +202,7 @@ def _check(c: JambaConfig) -> None:
     )
     for field in ("eps", "rotary_base"):
         value = getattr(c, field)
-        need(isinstance(value, (int, float)) and value > 0, field, "must be a positive number")
+        need(_is_number(value) and value > 0, field, "must be a positive number")
     for field in ("bos_token_id", "pad_token_id"):
         need(getattr(c, field) is None or _is_token(getattr(c, field), c), field, f"must lie in 0..{c.d_vocab - 1}")
     need(all(_is_token(t, c) for t in c.eos_token_ids), "eos_token_ids", f"must lie in 0..{c.d_vocab - 1}")
@@ -183,6 +216,22 @@ def _check(c: JambaConfig) -> None:
         need(not c.rotary or c.d_head % 2 == 0, "d_head", "must be even for rotary embedding")
     if c.mamba_layers:
         positive("d_inner", "d_state", "d_conv", "dt_rank")
+    if c.mamba2_layers:
+        positive("d_inner", "d_state", "d_conv")
+        need(c.d_inner % c.mamba_d_head == 0, "mamba_d_head", f"must divide d_inner={c.d_inner} into whole heads")
+        need(
+            c.mamba_n_heads % c.mamba_n_groups == 0,
+            "mamba_n_groups",
+            f"must divide the {c.mamba_n_heads} heads (d_inner / mamba_d_head)",
+        )
+        need(_is_number(c.dt_min) and c.dt_min >= 0, "dt_min", "must be a number of at least 0")
+        need(
+            c.dt_max is None or (_is_number(c.dt_max) and c.dt_max > c.dt_min),
+            "dt_max",
+            f"must be a number above dt_min={c.dt_min}, or None for no limit",
+        )
+        if c.chunk_size is not None:
+            positive("chunk_size")
     if set(c.feed_forwards) - {"none"}:
         positive("d_mlp")
     if c.moe_layers:
@@ -192,6 +241,10 @@ def _check(c: JambaConfig) -> None:
             "experts_per_token",
             f"cannot exceed num_experts={c.num_experts}",
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_token(value: Any, c: JambaConfig) -> bool:

@@ -1,7 +1,8 @@
 """The published checkpoint format: config.json <-> JambaConfig, and which tensor in a file is which parameter.
 
-Three ``model_type`` values: ``jamba`` and ``mamba`` as transformers writes them, and ``jambascope`` for models that
-neither can describe (rotary embedding, say): the fields of JambaConfig, with tensors named as in ``jamba``.
+Four ``model_type`` values: ``jamba``, ``mamba`` and ``mamba2`` as transformers writes them, and ``jambascope`` for
+models that none of them can describe (rotary embedding, or Mamba-2 beside attention): the fields of JambaConfig, with
+tensors named as in ``jamba``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from jambascope.config import JambaConfig
 from jambascope.errors import CheckpointError, ConfigError
 
-MODEL_TYPES = ("jamba", "mamba", "jambascope")
+MODEL_TYPES = ("jamba", "mamba", "mamba2", "jambascope")
 
 
 # -- config.json ---------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def config_from_hf(hf: dict[str, Any]) -> JambaConfig:
     try:
         if model_type == "jambascope":
             return JambaConfig(**hf["jamba_config"])
-        return _from_jamba(hf) if model_type == "jamba" else _from_mamba(hf)
+        return {"jamba": _from_jamba, "mamba": _from_mamba, "mamba2": _from_mamba2}[model_type](hf)
     except KeyError as e:
         raise ConfigError(f"config.json of model_type={model_type!r} has no field {e.args[0]!r}; add it") from None
     except TypeError as e:
@@ -106,6 +107,41 @@ def _from_mamba(hf: dict[str, Any]) -> JambaConfig:
     )
 
 
+def _from_mamba2(hf: dict[str, Any]) -> JambaConfig:
+    d_model, layers, heads, d_head = hf["hidden_size"], hf["num_hidden_layers"], hf["num_heads"], hf["head_dim"]
+    d_inner = hf.get("expand", 2) * d_model
+    if d_inner != heads * d_head:
+        raise ConfigError(f"num_heads={heads!r} times head_dim={d_head!r} must be expand * hidden_size = {d_inner!r}")
+    limit = hf.get("time_step_limit", [0.0, math.inf])
+    if not isinstance(limit, list) or len(limit) != 2:
+        raise ConfigError(f"time_step_limit={limit!r} must be a list of the least and the greatest step size")
+    dt_min, dt_max = map(_number, limit)
+    return JambaConfig(
+        **_common(hf),
+        d_model=d_model,
+        mixers=("mamba2",) * layers,
+        feed_forwards=("none",) * layers,
+        d_inner=d_inner,
+        d_state=hf.get("state_size", 128),
+        d_conv=hf.get("conv_kernel", 4),
+        mamba_d_head=d_head,
+        mamba_n_groups=hf.get("n_groups", 8),
+        dt_min=dt_min,
+        dt_max=None if dt_max == math.inf else dt_max,
+        conv_bias=hf.get("use_conv_bias", True),
+        proj_bias=hf.get("use_bias", False),
+        inner_norms=False,
+        eps=hf.get("layer_norm_epsilon", 1e-5),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        n_ctx=hf.get("max_position_embeddings", 262_144),
+    )
+
+
+def _number(value: Any) -> Any:
+    """A number of a config.json; transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    return float(value["__float__"]) if isinstance(value, dict) else value
+
+
 def config_to_hf(config: JambaConfig, dtype: torch.dtype) -> dict[str, Any]:
     """A config.json that transformers reads where it can describe the model, else one that only we read."""
     eos = list(config.eos_token_ids)
@@ -120,7 +156,29 @@ def config_to_hf(config: JambaConfig, dtype: torch.dtype) -> dict[str, Any]:
         eos_token_id=eos[0] if len(eos) == 1 else eos or None,
         pad_token_id=config.pad_token_id,
     )
-    if _is_plain_mamba(config):
+    if _is_plain(config, "mamba2"):
+        return dict(
+            model_type="mamba2",
+            architectures=["Mamba2ForCausalLM"],
+            **common,
+            expand=config.d_inner // config.d_model,
+            num_heads=config.mamba_n_heads,
+            head_dim=config.mamba_d_head,
+            n_groups=config.mamba_n_groups,
+            state_size=config.d_state,
+            conv_kernel=config.d_conv,
+            time_step_limit=[
+                config.dt_min,
+                {"__float__": "Infinity"} if config.dt_max is None else config.dt_max,
+            ],
+            use_conv_bias=config.conv_bias,
+            use_bias=config.proj_bias,
+            layer_norm_epsilon=config.eps,
+            residual_in_fp32=False,
+            max_position_embeddings=config.n_ctx,
+            chunk_size=config.chunk_size or 256,
+        )
+    if _is_plain(config, "mamba") and not config.inner_norms:
         return dict(
             model_type="mamba",
             architectures=["MambaForCausalLM"],
@@ -164,19 +222,21 @@ def config_to_hf(config: JambaConfig, dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
-def _is_plain_mamba(c: JambaConfig) -> bool:
-    return (
-        not c.attention_layers
-        and all(f == "none" for f in c.feed_forwards)
-        and not c.inner_norms
-        and c.d_inner % c.d_model == 0
-    )
+def _is_plain(c: JambaConfig, mixer: str) -> bool:
+    """Whether every layer is this mixer and nothing else, of a width that transformers can state."""
+    return set(c.mixers) == {mixer} and set(c.feed_forwards) == {"none"} and c.d_inner % c.d_model == 0
 
 
 def _jamba_periods(c: JambaConfig) -> dict[str, int] | None:
     """Periods and offsets that lay out the model's layers as transformers would, or None when it cannot."""
     whole_expand = not c.mamba_layers or (c.inner_norms and c.d_inner % c.d_model == 0)
-    if c.rotary or not whole_expand or "none" in c.feed_forwards or (c.moe_layers and c.num_experts == 1):
+    if (
+        c.mamba2_layers
+        or c.rotary
+        or not whole_expand
+        or "none" in c.feed_forwards
+        or (c.moe_layers and c.num_experts == 1)
+    ):
         return None
     attention = _period_of([m == "attention" for m in c.mixers], published=(8, 4))
     expert = _period_of([f == "moe" for f in c.feed_forwards], published=(2, 1))
@@ -236,7 +296,7 @@ def pieces(
 
     Experts are one tensor each, as published, unless ``available`` holds the fused ones.
     """
-    family = "mamba" if model_type == "mamba" else "jamba"
+    family = "mamba" if model_type in ("mamba", "mamba2") else "jamba"
     for name in parameters:
         if name == "unembed.weight" and config.tie_embeddings:
             continue

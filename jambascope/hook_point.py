@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformer_lens.hook_points
+from torch import nn
 
 from jambascope.errors import HookError
 
@@ -33,6 +34,13 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         if returned is not value:
             _check_returned(self.name, value, returned)
         return returned
+
+
+def listeners(layer: nn.Module) -> tuple[dict, ...]:
+    """Where hooks on the parts of a layer are kept, hook points and torch's own alike: ``any()`` of it is whether
+    somebody listens. A layer asks before it takes a path that computes everything at once and calls no part."""
+    parts = tuple(layer.modules())[1:]
+    return tuple(d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
 
 
 def _check_returned(name: str | None, value: torch.Tensor, returned: Any) -> None:

@@ -1,7 +1,8 @@
 """Every hook point of every model here: its name, where it exists, its axes and what an edit to it means.
 
 Axes: B batch, T position, S_keys key position, D d_model, H head, K key/value head, P d_head, E d_inner,
-N d_state, F d_mlp, X expert, S slot, V vocabulary.
+N d_state, F d_mlp, X expert, S slot, V vocabulary; of Mamba-2 H2 head and G group. Where a Mamba-2 point has channels
+[E], channel e belongs to head ``e // mamba_d_head``, so that states of both Mambas are read alike.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 from jambascope.config import JambaConfig
 from jambascope.errors import HookError
 
-Where = Literal["model", "block", "feed_forward", "attention", "mamba", "dense", "moe"]
+Where = Literal["model", "block", "feed_forward", "attention", "mamba", "mamba2", "dense", "moe"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class HookRow:
             "P": config.d_head,
             "E": config.d_inner,
             "2E": 2 * config.d_inner,
+            "H2": config.mamba_n_heads,
+            "G": config.mamba_n_groups,
+            "E+2GN": config.conv_width("mamba2"),
+            "2E+2GN+H2": config.d_inner + config.conv_width("mamba2") + config.mamba_n_heads,
             "N": config.d_state,
             "F": config.d_mlp,
             "X": config.num_experts,
@@ -86,6 +91,24 @@ HOOK_TABLE: tuple[HookRow, ...] = (
     _row(_B + "mixer.hook_y", "mamba", "B T E", "replaces the scan's read-out before the gate; no state changes"),
     _row(_B + "mixer.hook_z", "mamba", "B T E", "replaces the gated read-out"),
     _row(_B + "hook_mixer_out", "mamba", "B T D", "replaces what the Mamba mixer adds to the stream"),
+    _row(_B + "mixer.hook_in_proj", "mamba2", "B T 2E+2GN+H2", "replaces gate (E), conv input (E+2GN), raw step (H2)"),
+    _row(_B + "mixer.hook_gate", "mamba2", "B T E", "replaces the gate, before its SiLU"),
+    _row(_B + "mixer.hook_conv", "mamba2", "B T E+2GN", "replaces the convolution's output (x, B, C), before SiLU"),
+    _row(_B + "mixer.hook_x", "mamba2", "B T E", "replaces the scan's input; dt, B and C do not depend on it"),
+    _row(_B + "mixer.hook_B", "mamba2", "B T G N", "replaces the input map of each group: the write follows"),
+    _row(_B + "mixer.hook_C", "mamba2", "B T G N", "replaces the output map of each group; no state changes"),
+    _row(_B + "mixer.hook_dt", "mamba2", "B T H2", "replaces the step size (after softplus): decay and write follow"),
+    _row(_B + "mixer.hook_ssm_write", "mamba2", "B E T N", "replaces what is written to the state", True),
+    _row(
+        _B + "mixer.hook_ssm_state",
+        "mamba2",
+        "B E T N",
+        "pins the changed entries of the state; later positions are scanned again from them",
+        True,
+    ),
+    _row(_B + "mixer.hook_y", "mamba2", "B T E", "replaces the scan's read-out before gate and norm; no state changes"),
+    _row(_B + "mixer.hook_z", "mamba2", "B T E", "replaces the gated, normalised read-out"),
+    _row(_B + "hook_mixer_out", "mamba2", "B T D", "replaces what the Mamba-2 mixer adds to the stream"),
     _row(_B + "hook_resid_mid", "feed_forward", "B T D", "replaces the stream between mixer and feed-forward"),
     _row(_B + "ln2.hook_scale", "feed_forward", "B T 1", "replaces the divisor of the norm before the feed-forward"),
     _row(_B + "ln2.hook_normalized", "feed_forward", "B T D", "replaces the normalised stream before the weight"),

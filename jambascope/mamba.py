@@ -11,10 +11,11 @@ from einops import einsum
 from torch import nn
 
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint
-from jambascope.kernels.causal_conv import causal_conv1d
-from jambascope.kernels.selective_scan import ScanResult, StateEdits, selective_scan
+from jambascope.hook_point import HookPoint, listeners
+from jambascope.kernels import decode
+from jambascope.kernels.selective_scan import ScanResult, selective_scan
 from jambascope.norms import InnerNorm
+from jambascope.ssm_mixer import convolve, scan_with_listeners
 from jambascope.state import MambaState, Run
 
 
@@ -54,17 +55,26 @@ class MambaMixer(nn.Module):
         self.hook_ssm_state = HookPoint()  # [B E T N]
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
+        self.eps = config.eps
+        self._listeners, self._step_weights = listeners(self), decode.Weights()
 
     def forward(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]; the state before the first position comes from ``run.state``."""
         mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
         memory = run.mamba_state(self.layer)
+        if memory is not None and mask is None and decode.fits(hidden) and not any(self._listeners):
+            stepped = self._step(hidden[:, 0], memory)
+            if stepped is not None:
+                out, *new = stepped
+                run.update_mamba(self.layer, MambaState(*new))
+                return out[:, None]
 
         # Slices rather than chunk and split: their outputs could not be edited in place by a hook.
         projected = self.hook_in_proj(self.in_proj(hidden))
         d_inner = projected.shape[-1] // 2
         x, gate = projected[..., :d_inner], self.hook_gate(projected[..., d_inner:])
-        x, new_conv = self._conv(x, run.mask, None if memory is None else memory.conv)
+        past = None if memory is None else memory.conv
+        x, new_conv = convolve(self.conv1d, self.hook_conv, x, run.mask, past)
         x = self.hook_x(x if mask is None else x * mask)
 
         dt_B_C = self.x_proj(x)
@@ -78,20 +88,23 @@ class MambaMixer(nn.Module):
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         return self.out_proj(self.hook_z(scan.y))
 
-    def _conv(
-        self, x: torch.Tensor, mask: torch.Tensor | None, past: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """SiLU of the causal convolution over a row's tokens, as if its padding were not there; and the new past."""
-        if mask is not None:
-            # Tokens move to the front, in order, so that each meets the tokens before it (or the past), not padding.
-            order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(x)
-            x = (x * mask[..., None]).gather(1, order)
-        heard = self.hook_conv.heard
-        out = causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, past, silu=not heard)
-        if mask is not None:
-            out = torch.zeros_like(out).scatter(1, order, out)
-        new_past = None if past is None else _last_inputs(past, x, mask)
-        return F.silu(self.hook_conv(out)) if heard else out, new_past
+    def _step(self, hidden: torch.Tensor, memory: MambaState) -> tuple[torch.Tensor, ...] | None:
+        """Output, new past and new state for one token [B D] in one call, where ``decode`` can."""
+        if self.A_log.shape[0] % decode.CHANNELS:
+            return None
+        linear, conv, x, dt, out = (
+            self._modules[name]._parameters for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+        )
+        norms = (self._modules[f"{name}_layernorm"]._parameters.get("weight") for name in ("dt", "b", "c"))
+        weights = self._step_weights.addresses(
+            (
+                *(linear["weight"], linear["bias"], conv["weight"], conv["bias"], x["weight"], *norms),
+                *(dt["weight"], dt["bias"], self.A_log, self.D, out["weight"], out["bias"]),
+            )
+        )
+        if weights is None:
+            return None
+        return decode.mamba_step(hidden, memory.conv, memory.ssm, self.dt_rank, self.eps, weights)
 
     def _scan(self, x, dt, B, C, gate, mask, initial_state) -> ScanResult:
         """softplus of dt and its bias, the scan and the gate.
@@ -115,42 +128,10 @@ class MambaMixer(nn.Module):
         return scan
 
     def _scan_with_listeners(self, x: torch.Tensor, dt: torch.Tensor, arguments: dict) -> ScanResult:
-        """The scan with its writes and states shown, scanned again with whatever was changed.
+        def scan(**states) -> ScanResult:
+            return selective_scan(x, dt, **arguments, **states)
 
-        A changed write is added to the state at its position. A changed entry of the state is pinned to the new
-        value, and later positions follow from it; entries a hook left alone are scanned again.
-        """
-        positions = range(x.shape[1])
-        edits = None
-        if self.hook_ssm_write.heard:
-            write = einsum(dt * x, arguments["B"].to(dt.dtype), "b t e, b t n -> b e t n")
-            shown = self.hook_ssm_write(write.clone())
-            edits = StateEdits(positions, torch.ones_like(write), shown - write)
-        scan = selective_scan(x, dt, **arguments, capture="all", edits=edits)
-        if not self.hook_ssm_state.heard:
-            return scan
-        states = scan.captured
-        counts_edits = not states.is_inference()  # inference tensors have no version
-        version = states._version if counts_edits else None
-        original = states if counts_edits else states.clone()
-        shown = self.hook_ssm_state(states)
-        if counts_edits and states._version != version:
-            # Edited in place: what was there before has to be computed again.
-            original = selective_scan(x, dt, **arguments, capture="all", edits=edits).captured
-        elif counts_edits and shown is states:
-            if not (self.hook_ssm_state.wants_gradient or states.retains_grad):
-                return scan
-        pinned = shown != original
-        shift = torch.zeros_like(original) if edits is None else edits.shift
-        # Where nothing was changed `shown - original` is zero, but carries the state's gradient into what is shown.
-        shift = torch.where(pinned, shown, shift + (shown - original))
-        return selective_scan(x, dt, **arguments, edits=StateEdits(positions, (~pinned).to(shown.dtype), shift))
+        def write() -> torch.Tensor:
+            return einsum(dt * x, arguments["B"].to(dt.dtype), "b t e, b t n -> b e t n")
 
-
-def _last_inputs(past: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The last inputs of each row's tokens, as many as ``past`` [B d_conv-1 E] holds; padding of x is at its end."""
-    count = past.shape[1]
-    if mask is None:
-        return torch.cat((past, x[:, max(0, x.shape[1] - count) :]), dim=1)[:, -count:] if count else past
-    index = mask.sum(1)[:, None] + torch.arange(count, device=mask.device)
-    return torch.cat((past, x), dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+        return scan_with_listeners(scan, write, self.hook_ssm_write, self.hook_ssm_state)

@@ -65,6 +65,16 @@ def model_cost(config: JambaConfig) -> ModelCost:
     )
 
 
+def weight_bytes(config: JambaConfig, dtype: torch.dtype, quantize: str | None = None) -> int:
+    """Bytes of all weights; with ``quantize="experts_int8"``, experts in int8 with a float32 scale per output row."""
+    parameters = model_cost(config).parameters
+    if quantize is None:
+        return parameters * dtype.itemsize
+    rows = len(config.moe_layers) * config.num_experts * (2 * config.d_mlp + config.d_model)
+    experts = 3 * len(config.moe_layers) * config.num_experts * config.d_mlp * config.d_model
+    return (parameters - experts) * dtype.itemsize + experts + 4 * rows
+
+
 def kv_cache_bytes_per_token(config: JambaConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one more token of one sequence adds, over all attention layers."""
     return len(config.attention_layers) * 2 * config.n_key_value_heads * config.d_head * dtype.itemsize
@@ -73,8 +83,8 @@ def kv_cache_bytes_per_token(config: JambaConfig, dtype: torch.dtype) -> int:
 def mamba_state_bytes(config: JambaConfig, dtype: torch.dtype) -> int:
     """Bytes of SSM states (float32) and last convolution inputs of one sequence, at any length."""
     ssm = config.d_inner * config.d_state * torch.promote_types(dtype, torch.float32).itemsize
-    conv = config.d_inner * (config.d_conv - 1) * dtype.itemsize
-    return len(config.mamba_layers) * (ssm + conv)
+    conv = sum(config.conv_width(config.mixers[i]) for i in config.ssm_layers) * (config.d_conv - 1) * dtype.itemsize
+    return len(config.ssm_layers) * ssm + conv
 
 
 def readable_bytes(n: float) -> str:

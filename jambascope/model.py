@@ -27,6 +27,7 @@ from jambascope.hook_point import HookPoint
 from jambascope.hook_table import hook_rows, resolve, select_names
 from jambascope.losses import LossTerms, load_balancing_loss, mean_loss, token_losses
 from jambascope.mamba import MambaMixer
+from jambascope.mamba2 import Mamba2Mixer
 from jambascope.mlp import DenseMLP
 from jambascope.moe import MoE
 from jambascope.norms import RMSNorm
@@ -46,7 +47,7 @@ class Block(nn.Module):
             self.attn = Attention(config, layer)
             self.hook_attn_out = HookPoint()  # [B T D]
         else:
-            self.mixer = MambaMixer(config, layer)
+            self.mixer = (Mamba2Mixer if config.mixers[layer] == "mamba2" else MambaMixer)(config, layer)
             self.hook_mixer_out = HookPoint()  # [B T D]
         self.is_attention = config.mixers[layer] == "attention"
         self.has_feed_forward = config.feed_forwards[layer] != "none"
@@ -187,11 +188,12 @@ class HookedJamba(HookedRootModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
+        quantize: Literal["experts_int8"] | None = None,
     ) -> HookedJamba:
         """Open a packaged model, a Hugging Face directory or a hub id; see ``jambascope.checkpoint.load``."""
         from jambascope import checkpoint
 
-        return checkpoint.load(name_or_path, device=device, dtype=dtype, revision=revision)
+        return checkpoint.load(name_or_path, device=device, dtype=dtype, revision=revision, quantize=quantize)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config, weights and tokenizer so that transformers opens them; see ``jambascope.checkpoint.save``."""
@@ -427,15 +429,20 @@ class HookedJamba(HookedRootModule):
 
 @torch.no_grad()
 def initialize(model: HookedJamba, std: float = 0.02) -> None:
-    """Random weights: normal for matrices; A = -(1..N), D = 1 and dt in [0.001, 0.1] as Mamba starts them."""
+    """Random weights: normal for matrices; A, D = 1 and dt in [0.001, 0.1] as the authors start them.
+
+    A is -(1..N) in each channel of Mamba, uniform in [-16, -1] over the heads of Mamba-2.
+    """
     for name, p in model.named_parameters():
         if name.endswith("norm.weight") or ".ln" in name or name.startswith("ln_final"):
             p.fill_(1.0)
+        elif name.endswith("A_log") and p.ndim == 1:
+            p.uniform_(1, 16).log_()
         elif name.endswith("A_log"):
             p.copy_(torch.arange(1, p.shape[1] + 1, device=p.device).float().log().expand_as(p))
         elif name.endswith(".D"):
             p.fill_(1.0)
-        elif name.endswith("dt_proj.bias"):
+        elif name.endswith(("dt_proj.bias", "dt_bias")):
             dt = torch.exp(torch.empty(p.shape, device=p.device).uniform_(math.log(1e-3), math.log(1e-1)))
             p.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         elif name.endswith("dt_proj.weight"):

@@ -9,7 +9,7 @@ from torch import nn
 from jambascope.config import JambaConfig
 from jambascope.errors import HookError
 from jambascope.hook_point import HookPoint
-from jambascope.kernels.experts import experts
+from jambascope.kernels.experts import ExpertsInt8, experts
 from jambascope.state import Run
 
 
@@ -34,15 +34,25 @@ class Router(nn.Module):
         kept, indices = weights.topk(self.experts_per_token, dim=-1)
         if self.hook_expert_indices.heard:
             indices = self.hook_expert_indices(indices)
-            n = weights.shape[-1]
-            if ((indices < 0) | (indices >= n)).any():
-                raise HookError(f"hook at {self.hook_expert_indices.name} chose an expert outside 0..{n - 1}")
+            _check_indices(indices, weights.shape[-1], self.hook_expert_indices.name)
             kept = weights.gather(-1, indices)
         return indices, kept.to(x.dtype)
 
 
+def _check_indices(indices: torch.Tensor, n: int, name: str | None) -> None:
+    message = f"hook at {name} chose an expert outside 0..{n - 1}"
+    inside = ((indices >= 0) & (indices < n)).all()
+    if indices.device.type == "cuda":
+        torch._assert_async(inside, message)  # on the device, when it gets there: nothing here waits for it
+    elif not inside:
+        raise HookError(message)
+
+
 class MoE(nn.Module):
     """Routed SwiGLU experts."""
+
+    gate_up_proj: nn.Parameter | ExpertsInt8
+    down_proj: nn.Parameter | ExpertsInt8
 
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
@@ -54,7 +64,20 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]"""
         indices, weights = self.router(x, run)
-        addends = experts(
-            x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1), self.gate_up_proj, self.down_proj
+        heard = self.hook_expert_out.heard
+        out = experts(
+            x.flatten(0, 1),
+            indices.flatten(0, 1),
+            weights.flatten(0, 1),
+            self.gate_up_proj,
+            self.down_proj,
+            addends=heard,
         )
-        return self.hook_expert_out(addends.view(*indices.shape, -1)).sum(2)
+        return self.hook_expert_out(out.view(*indices.shape, -1)).sum(2) if heard else out.view_as(x)
+
+    def make_int8(self) -> None:
+        """Put uninitialised ExpertsInt8 where the expert weights stand, on the same device."""
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, ExpertsInt8.empty(weight.shape, weight.device))

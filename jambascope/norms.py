@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jambascope.hook_point import HookPoint
+from jambascope.hook_point import HookPoint, listeners
+from jambascope.kernels import rms_norm
 
 
 class InnerNorm(nn.Module):
@@ -18,6 +19,8 @@ class InnerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if rms_norm.fits(x, self.weight):
+            return rms_norm.rms_norm(x, self.weight, self.eps)
         if x.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x32 = x.float()
@@ -31,6 +34,7 @@ class RMSNorm(InnerNorm):
         super().__init__(width, eps)
         self.hook_scale = HookPoint()  # [B T 1]
         self.hook_normalized = HookPoint()  # [B T D]
+        self._listeners = listeners(self)
 
     @property
     def w(self) -> torch.Tensor:
@@ -38,8 +42,23 @@ class RMSNorm(InnerNorm):
         return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.hook_scale.heard or self.hook_normalized.heard):
+        if not any(self._listeners):
             return super().forward(x)
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = self.hook_scale((x32.square().mean(-1, keepdim=True) + self.eps).sqrt())
         return self.weight * self.hook_normalized((x32 / scale).to(x.dtype))
+
+
+class GatedNorm(nn.Module):
+    """``RMSNorm(x * SiLU(gate))`` of each of ``groups`` equal parts of the last axis (Mamba-2's, in float32)."""
+
+    def __init__(self, width: int, eps: float, groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.groups = eps, groups
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """[... E], [... E] -> [... E]"""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        parts = (x.to(dtype) * F.silu(gate.to(dtype))).unflatten(-1, (self.groups, -1))
+        return (F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight).to(x.dtype)

@@ -44,12 +44,12 @@ class KeyValueState:
 
 @dataclass
 class MambaState:
-    """Memory of one Mamba layer."""
+    """Memory of one Mamba or Mamba-2 layer."""
 
     conv: torch.Tensor
-    """[B d_conv-1 E]: the last inputs of the convolution, oldest first."""
+    """[B d_conv-1 E], of Mamba-2 [B d_conv-1 E+2GN]: the last inputs of the convolution, oldest first."""
     ssm: torch.Tensor
-    """[B E N], float32."""
+    """[B E N], float32; of Mamba-2 too, where channel e belongs to head ``e // mamba_d_head``."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class InferenceState:
             else:
                 layers.append(
                     MambaState(
-                        torch.zeros(batch, config.d_conv - 1, config.d_inner, device=device, dtype=dtype),
+                        torch.zeros(batch, config.d_conv - 1, config.conv_width(mixer), device=device, dtype=dtype),
                         torch.zeros(
                             batch,
                             config.d_inner,

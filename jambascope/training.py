@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.kernels.experts.int8 import QUANTIZE, is_quantized
 from jambascope.model import HookedJamba
 
 Batch = Callable[[int], Int[torch.Tensor, "batch pos"]]
@@ -92,7 +93,15 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 
 def make_optimizer(model: HookedJamba, spec: TrainingSpec) -> torch.optim.AdamW:
-    """AdamW over two groups, decayed and not; tied weights stand in it once."""
+    """AdamW over two groups, decayed and not; tied weights stand in it once.
+
+    Raises:
+        ConfigError: a quantised model, whose experts have no gradients.
+    """
+    if is_quantized(model):
+        raise ConfigError(
+            f"the model was loaded with quantize={QUANTIZE!r}: its experts cannot be trained; load it without quantize"
+        )
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": spec.weight_decay},

@@ -4,7 +4,9 @@ where there is no GPU.
 The models are tiny: a second thread gives nothing, and costs minutes when two processes want the same core.
 """
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -20,3 +22,13 @@ def triton_device() -> torch.device:
     """Where Triton kernels are tested: on the GPU, or in the interpreter."""
     pytest.importorskip("triton", reason="the kernels for GPUs need the triton package (extra 'test' on Linux)")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def fake_cuda():
+    """``with fake_cuda():`` a GPU whose tensors hold no data, so that whatever waits for it raises."""
+    path = Path(__file__).with_name("fake_cuda.py")
+    spec = importlib.util.spec_from_file_location("fake_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fake_cuda

@@ -14,14 +14,14 @@ from jambascope.studies.figures.theme import named
 def page(view: View) -> None:
     st.title("SSM state")
     config = view.model.config
-    if not config.mamba_layers:
+    if not config.ssm_layers:
         st.info(
             "This model has no Mamba layers, so it keeps no SSM state: see the Attention page.", icon=":material/info:"
         )
         return
     left, right = st.columns([2, 10], gap="medium")
     with left:
-        layer = session.choose_layer(config.mamba_layers, "mamba_layer", "Layer")
+        layer = session.choose_layer(config.ssm_layers, "mamba_layer", "Layer")
     with right:
         position = session.choose_position(view, "The state after this token is shown below.")
     session.show(figures.layer_norms(forward.norms(view), view.texts, layer, position), "layer_norms")

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("jambascope")
-_announced: set[str] = set()
+_announced: set[int] = set()
 
 
 def announce_first_compile(kernel: Any) -> None:
     """Log one line when numba is about to compile ``kernel`` and no earlier process left it in the disk cache."""
-    name = f"{kernel.__module__}.{kernel.__name__}"
-    if name in _announced:
+    if id(kernel) in _announced:
         return
-    _announced.add(name)
+    _announced.add(id(kernel))
+    name = f"{kernel.__module__}.{kernel.__name__}"
     folder = Path(kernel.stats.cache_path)
     stem = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}-"
     if not any(p.name.startswith(stem) and p.suffix == ".nbi" for p in folder.glob("*.nbi")):

@@ -21,6 +21,16 @@ def _float_from_bits(typingctx, bits):
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def _divide(typingctx, a, b):
+    """a / b. numba's own division may raise ZeroDivisionError, a branch that keeps the loop around it scalar."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fdiv(*args)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
 @njit(inline="always", fastmath=FAST)
 def exp2(v):
     """2**v to 1e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
@@ -39,14 +49,14 @@ def exp2(v):
 
 @njit(inline="always", fastmath=FAST)
 def sigmoid(v):
-    return np.float32(1.0) / (np.float32(1.0) + exp2(np.float32(-1.4426950408889634) * v))
+    return _divide(np.float32(1.0), np.float32(1.0) + exp2(np.float32(-1.4426950408889634) * v))
 
 
 @njit(inline="always", fastmath=FAST)
 def softplus(v):
     """log(1 + e**v) to 2e-7 relative: max(v, 0) + log1p(e**-|v|), the logarithm by the series of artanh."""
     u = exp2(np.float32(-1.4426950408889634) * abs(v))
-    s = u / (np.float32(2.0) + u)
+    s = _divide(u, np.float32(2.0) + u)
     z = s * s
     p = np.float32(1.0 / 11.0)
     p = p * z + np.float32(1.0 / 9.0)

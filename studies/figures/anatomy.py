@@ -9,7 +9,7 @@ from jambascope.studies.figures.theme import KIND_COLORS, KIND_NAMES, frame, int
 
 MAX_WRITTEN_LAYERS = 16
 """Up to so many layers their kinds are written into the boxes."""
-_SHORT = {"attention": "attention", "mamba": "Mamba", "moe": "MoE", "dense": "dense"}
+_SHORT = {"attention": "attention", "mamba": "Mamba", "mamba2": "Mamba-2", "moe": "MoE", "dense": "dense"}
 
 
 def anatomy(config: JambaConfig, mixer_parameters: list[int], feed_forward_parameters: list[int]) -> go.Figure:
@@ -55,6 +55,8 @@ def _describe(config: JambaConfig, layer: int, kind: str, parameters: int) -> st
     shape = {
         "attention": f"{config.n_heads} query heads, {config.n_key_value_heads} key-value heads of {config.d_head}",
         "mamba": f"{config.d_inner} channels x {config.d_state} states, convolution {config.d_conv}",
+        "mamba2": f"{config.mamba_n_heads} heads of {config.mamba_d_head} channels x {config.d_state} states, "
+        f"{config.mamba_n_groups} groups, convolution {config.d_conv}",
         "moe": f"{config.num_experts} experts of {config.d_mlp}, top-{config.experts_per_token}",
         "dense": f"hidden width {config.d_mlp}",
     }[kind]
@@ -64,6 +66,7 @@ def _describe(config: JambaConfig, layer: int, kind: str, parameters: int) -> st
 def _summary(config: JambaConfig) -> str:
     counts = [
         (len(config.mamba_layers), "Mamba"),
+        (len(config.mamba2_layers), "Mamba-2"),
         (len(config.attention_layers), "attention"),
         (len(config.moe_layers), "with experts"),
     ]

@@ -16,8 +16,14 @@ from jaxtyping import Float
 AMOUNT = "Viridis"
 SHARE = "Cividis"
 SIGNED = "RdBu"
-KIND_COLORS = {"attention": "#E69F00", "mamba": "#0072B2", "moe": "#009E73", "dense": "#8A8F98"}
-KIND_NAMES = {"attention": "attention", "mamba": "Mamba", "moe": "mixture of experts", "dense": "dense SwiGLU"}
+KIND_COLORS = {"attention": "#E69F00", "mamba": "#0072B2", "mamba2": "#CC79A7", "moe": "#009E73", "dense": "#8A8F98"}
+KIND_NAMES = {
+    "attention": "attention",
+    "mamba": "Mamba",
+    "mamba2": "Mamba-2",
+    "moe": "mixture of experts",
+    "dense": "dense SwiGLU",
+}
 FIRST, SECOND = "#2F86C5", "#E69F00"
 """Two lines that are compared."""
 GUIDE = "#8A8F98"

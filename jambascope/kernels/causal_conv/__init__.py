@@ -1,18 +1,27 @@
-"""Causal depthwise convolution over time, with or without SiLU: ``reference`` and ``cpu`` (numba) backends."""
+"""Causal depthwise convolution over time, with or without SiLU: one function, interchangeable backends.
+
+``reference``  short torch, any device and dtype: the definition every other backend is tested against
+``cpu``        numba loops, float32 arithmetic
+``triton``     CUDA and ROCm, float32 arithmetic
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from jambascope.errors import ConfigError
-from jambascope.kernels.causal_conv import cpu, reference
+from jambascope.errors import ConfigError, InputError
+from jambascope.kernels.causal_conv import cpu, reference, triton
+from jambascope.kernels.causal_conv.interface import neighbours, next_past
+from jambascope.kernels.triton_runtime import can_launch
 
-__all__ = ["causal_conv1d"]
+__all__ = ["causal_conv1d", "causal_conv1d_step", "next_past"]
 
-_BACKENDS = {"reference": reference.causal_conv1d, "cpu": cpu.causal_conv1d}
+Backend = Literal["auto", "reference", "cpu", "triton"]
+_BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
+_WIDEST = 8
 
 
 def causal_conv1d(
@@ -22,26 +31,89 @@ def causal_conv1d(
     past: Float[torch.Tensor, "batch d_conv-1 d_inner"] | None = None,
     *,
     silu: bool = False,
-    backend: Literal["auto", "reference", "cpu"] = "auto",
+    mask: Bool[torch.Tensor, "batch pos"] | None = None,
+    resets: Bool[torch.Tensor, "batch pos"] | None = None,
+    backend: Backend = "auto",
 ) -> Float[torch.Tensor, "batch pos d_inner"]:
     """``out_t = bias + sum_k weight[:, k] * in_{t - (d_conv - 1) + k}``, with ``past`` (or zeros) before position 0.
 
     The convolution of a Mamba mixer (arXiv 2312.00752, section 3.4), time-major, then SiLU if asked for.
+    Differentiable in x, weight, bias and past, with the same bits on every run.
 
     Args:
-        past: the inputs before the first position, oldest first.
-        backend: ``"auto"`` takes ``cpu`` for float32 on a CPU, else ``reference``.
+        x: may be a slice of a wider tensor along its channels: it is read in place.
+        past: the inputs before the first position, oldest first; :func:`next_past` gives those for the next call.
+        mask: True for tokens, None when all are. Padding may stand anywhere: a token meets the tokens before it in
+            its row as if padding were not there; outputs at padding are 0.
+        resets: True at the first token of a document packed into the row: neither what is before it nor ``past`` is
+            seen from there on.
+        backend: ``"auto"`` takes ``cpu`` on a CPU and ``triton`` on a GPU that has it, for float32, bfloat16 and
+            float16, else ``reference``.
 
     Raises:
-        ConfigError: an unknown backend, or ``cpu`` for other tensors than it takes.
+        ConfigError: an unknown backend, or one that cannot take these tensors.
+        InputError: shapes that do not fit, or a mask or resets that are not bool.
     """
-    fits_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    _check_shapes(x, weight, bias, past, mask, resets)
+    tables = neighbours(mask, resets, weight.shape[1])
+    return _chosen(backend, x, weight).causal_conv1d(x, weight, bias, past, silu, tables)
+
+
+def causal_conv1d_step(
+    x: Float[torch.Tensor, "batch d_inner"],
+    weight: Float[torch.Tensor, "d_inner d_conv"],
+    bias: Float[torch.Tensor, d_inner] | None,
+    past: Float[torch.Tensor, "batch d_conv-1 d_inner"],
+    *,
+    silu: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Float[torch.Tensor, "batch d_inner"], Float[torch.Tensor, "batch d_conv-1 d_inner"]]:
+    """One position of :func:`causal_conv1d`, for decoding: its output and the new past, which is another tensor.
+
+    Raises as :func:`causal_conv1d` does. Where a gradient is wanted it runs as ``reference``.
+    """
+    _check_shapes(x[:, None], weight, bias, past, None, None)
+    chosen = _chosen(backend, x, weight)
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, past)):
+        chosen = reference
+    return chosen.step(x, weight, bias, past, silu)
+
+
+def _chosen(backend: str, x: torch.Tensor, weight: torch.Tensor):
+    floats = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    narrow = weight.shape[1] <= _WIDEST
     if backend == "auto":
-        backend = "cpu" if fits_cpu else "reference"
+        fast = "cpu" if x.device.type == "cpu" else "triton"
+        backend = fast if floats and narrow and (fast == "cpu" or can_launch(x)) else "reference"
     if backend not in _BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of {sorted(_BACKENDS)}; use 'auto' to have one chosen")
-    if backend == "cpu" and not fits_cpu:
-        raise ConfigError(f"backend='cpu' takes float32 on the CPU, not {x.dtype} on {x.device}; use 'auto'")
-    if past is None:
-        past = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-    return _BACKENDS[backend](x, weight, bias, past, silu)
+    if backend != "reference" and not narrow:
+        raise ConfigError(f"backend={backend!r} takes d_conv up to {_WIDEST}, not {weight.shape[1]}; use 'auto'")
+    if backend == "cpu" and not (floats and x.device.type == "cpu"):
+        raise ConfigError(f"backend='cpu' computes in float32 on the CPU, not {x.dtype} on {x.device}; use 'auto'")
+    if backend == "triton" and not (floats and can_launch(x)):
+        raise ConfigError(
+            f"backend='triton' needs the triton package and float32, bfloat16 or float16 on a GPU (or "
+            f"TRITON_INTERPRET=1), not {x.dtype} on {x.device}; use 'auto'"
+        )
+    return _BACKENDS[backend]
+
+
+def _check_shapes(x, weight, bias, past, mask, resets) -> None:
+    if x.ndim != 3 or weight.ndim != 2 or 0 in weight.shape:
+        raise InputError(f"x and weight have shapes {tuple(x.shape)} and {tuple(weight.shape)}; give [B T E] and [E K]")
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    if length == 0:
+        raise InputError("x has no positions (shape [B 0 E]); a convolution needs at least one")
+    expected = {
+        "weight": (weight, (channels, width)),
+        "bias": (bias, (channels,)),
+        "past": (past, (batch, width - 1, channels)),
+        "mask": (mask, (batch, length)),
+        "resets": (resets, (batch, length)),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise InputError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} it must be {shape}")
+        if name in ("mask", "resets") and value is not None and value.dtype != torch.bool:
+            raise InputError(f"{name} is {value.dtype}; give bool, True for {'tokens' if name == 'mask' else 'starts'}")

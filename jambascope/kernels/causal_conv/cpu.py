@@ -1,102 +1,138 @@
-"""The CPU backend: one pass over the inputs forward, two backward; autograd around the numba loops."""
+"""The CPU backend: one pass over the inputs forward, two backward; autograd and shapes around the numba loops."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from jambascope.kernels.causal_conv.interface import Neighbours
 from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.threads import run_items
 
 SERIAL_BELOW = 65_536
 """Inputs below which waking another thread costs more than it saves."""
+_NO_TABLE = np.empty((0, 0, 0), np.int32)
 
 
 def causal_conv1d(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, past: torch.Tensor, silu: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    past: torch.Tensor | None,
+    silu: bool,
+    tables: Neighbours | None,
 ) -> torch.Tensor:
-    """See :func:`jambascope.kernels.causal_conv.causal_conv1d`; float32."""
-    from jambascope.kernels.causal_conv.cpu_kernels import LANES
-
-    channels = x.shape[2]
-    pad = -channels % LANES
-    if pad:
-        x, past = F.pad(x, (0, pad)), F.pad(past, (0, pad))
-        weight, bias = F.pad(weight, (0, 0, 0, pad)), None if bias is None else F.pad(bias, (0, pad))
-    inputs = (x, weight, bias, past)
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
-        out = _Conv.apply(*inputs, silu)
+    """See :func:`jambascope.kernels.causal_conv.causal_conv1d`. Arithmetic in float32."""
+    tensors = _prepared(x, weight, bias, past)
+    if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
+        out = _Conv.apply(*tensors, silu, tables)
     else:
-        out = _forward(*_arrays(*inputs), silu)
-    return out[..., :channels] if pad else out
+        out = _forward(*tensors, silu, tables)
+    return out if out.shape == x.shape and out.dtype == x.dtype else out[..., : x.shape[2]].to(x.dtype)
 
 
-def _arrays(x, weight, bias, past) -> tuple[np.ndarray, ...]:
-    """weight as [d_conv E], and x at least as wide as the convolution: [B T >=E]."""
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return (
-        _wide(x.detach()).numpy(),
-        weight.detach().T.contiguous().numpy(),
-        bias.detach().numpy(),
-        past.detach().numpy(),
-    )
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous [B T >=E] that begins with x: the wider projection that x is the first part of, or a copy."""
-    if x.is_contiguous():
-        return x
-    batch, length, _ = x.shape
-    pitch = x.stride(1)
-    wide = torch.Size((batch, length, pitch))
-    fits = x.storage_offset() + wide.numel() <= x.untyped_storage().nbytes() // x.element_size()
-    if x.stride() == (length * pitch, pitch, 1) and pitch >= x.shape[2] and fits:
-        return x.as_strided(wide, x.stride())
-    return x.contiguous()
-
-
-def _forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, past: np.ndarray, silu: bool) -> torch.Tensor:
+def step(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, past: torch.Tensor, silu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`jambascope.kernels.causal_conv.causal_conv1d_step`; no gradients."""
     from jambascope.kernels.causal_conv import cpu_kernels as k
 
-    batch, length, channels = x.shape[0], x.shape[1], weight.shape[1]
+    rows, weight, bias, past_rows = _prepared(x[:, None], weight, bias, past)
+    channels, width = weight.shape
+    out, new_past = torch.empty(len(x), channels), torch.empty(past_rows.shape)
+    announce_first_compile(k.step)
+    k.step(
+        len(x), channels, rows.data_ptr(), rows.stride(0), past_rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+        _taps(width), silu, out.data_ptr(), new_past.data_ptr(),
+    )  # fmt: skip
+    if channels != x.shape[1]:
+        out, new_past = out[:, : x.shape[1]], new_past[..., : x.shape[1]]
+    return out.to(x.dtype), new_past.to(past.dtype)
+
+
+@cache
+def _taps(width: int) -> tuple[int, ...]:
+    return tuple(range(width))
+
+
+def _prepared(x, weight, bias, past) -> tuple[torch.Tensor, ...]:
+    """Float32 with at least LANES channels; contiguous, but for x of which only neighbouring channels need be."""
+    from jambascope.kernels.vectors import LANES
+
+    (batch, _, channels), width = x.shape, weight.shape[1]
+    bias = weight.new_zeros(channels) if bias is None else bias
+    past = x.new_zeros(batch, width - 1, channels) if past is None else past
+    x, weight, bias, past = x.float(), weight.float(), bias.float(), past.float()
+    missing = LANES - channels
+    if missing > 0:
+        x, bias, past = (F.pad(v, (0, missing)) for v in (x, bias, past))
+        weight = F.pad(weight, (0, 0, 0, missing))
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    return x, weight.contiguous(), bias.contiguous(), past.contiguous()
+
+
+def _addresses(x, weight, bias, past) -> tuple[int, ...]:
+    return x.data_ptr(), x.stride(0), x.stride(1), past.data_ptr(), weight.data_ptr(), bias.data_ptr()
+
+
+def _forward(x, weight, bias, past, silu: bool, tables: Neighbours | None) -> torch.Tensor:
+    from jambascope.kernels.causal_conv import cpu_kernels as k
+
+    batch, length, channels = x.shape
     out = torch.empty(batch, length, channels)
-    into = out.numpy()
+    source = _NO_TABLE if tables is None else tables.source.numpy()
+    inputs = _addresses(x, weight, bias, past)
+    into, taps = out.data_ptr(), _taps(weight.shape[1])
     announce_first_compile(k.forward)
     run_items(
-        lambda start, stop: k.forward(start, stop, x, weight, bias, past, silu, into),
-        batch * channels // k.LANES,
-        serial=batch * length * channels < SERIAL_BELOW,
+        lambda start, stop: k.forward(start, stop, length, channels, *inputs, source, taps, silu, into),
+        batch * -(-length // k.CHUNK),
+        serial=out.numel() < SERIAL_BELOW,
     )
     return out
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, past, silu):
+    def forward(ctx, x, weight, bias, past, silu, tables):
         ctx.save_for_backward(x, weight, bias, past)
-        ctx.silu = silu
-        return _forward(*_arrays(x, weight, bias, past), silu)
+        ctx.silu, ctx.tables = silu, tables
+        return _forward(x, weight, bias, past, silu, tables)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         from jambascope.kernels.causal_conv import cpu_kernels as k
 
-        inputs = ctx.saved_tensors
-        x, weight, bias, past = inputs
-        arrays = _arrays(*inputs)
-        batch, width = x.shape[0], weight.shape[1]
-        grad_x, through = torch.empty(2, *x.shape)
-        grad_past = torch.empty(past.shape)
-        grad_weight = torch.empty(batch, width, x.shape[2])
-        grad_bias = torch.empty(batch, x.shape[2])
-        into = [v.numpy() for v in (through, grad_x, grad_past, grad_weight, grad_bias)]
-        dout = dout.contiguous().numpy()
-        announce_first_compile(k.backward)
+        x, weight, bias, past = ctx.saved_tensors
+        (batch, length, channels), width = x.shape, weight.shape[1]
+        source, target = (_NO_TABLE, _NO_TABLE) if ctx.tables is None else (v.numpy() for v in ctx.tables)
+        dout = dout.contiguous()
+        through, grad_x = torch.empty(2, batch, length, channels)
+        grad_past = torch.empty(batch, width - 1, channels)
+        items = batch * -(-length // k.CHUNK)
+        grad_weight, grad_bias = torch.empty(items, width, channels), torch.empty(items, channels)
+        inputs, taps, serial = _addresses(x, weight, bias, past), _taps(width), x.numel() < SERIAL_BELOW
+        sums = [v.data_ptr() for v in (dout, through, grad_weight, grad_bias)]
+        announce_first_compile(k.backward_weights)
         run_items(
-            lambda start, stop: k.backward(start, stop, *arrays, ctx.silu, dout, *into),
-            batch * x.shape[2] // k.LANES,
-            serial=x.numel() < SERIAL_BELOW,
+            lambda start, stop: k.backward_weights(
+                start, stop, length, channels, *inputs, source, taps, ctx.silu, *sums
+            ),
+            items,
+            serial,
         )
-        return grad_x, grad_weight.sum(0).T, None if bias is None else grad_bias.sum(0), grad_past, None
+        into = [v.data_ptr() for v in (through, grad_x, grad_past)]
+        announce_first_compile(k.backward_inputs)
+        run_items(
+            lambda start, stop: k.backward_inputs(
+                start, stop, length, channels, weight.data_ptr(), target, taps, *into
+            ),
+            batch * -(-(width - 1 + length) // k.CHUNK),
+            serial,
+        )
+        return grad_x, grad_weight.sum(0).T, grad_bias.sum(0), grad_past, None, None

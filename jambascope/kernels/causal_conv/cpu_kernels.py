@@ -1,101 +1,184 @@
-"""The numba loops of the CPU convolution.
+"""The numba loops of the CPU convolution, on vectors of LANES neighbouring channels.
 
-A work item owns LANES neighbouring channels of one batch row and walks through time, so that loads and stores are
-contiguous. Bound: one read and one write of each input; the arithmetic (d_conv multiply-adds and one exp2) hides
-behind them.
+A work item is CHUNK positions of one batch row. It takes its channels LANES at a time and walks through its positions
+with the last inputs, the weights and the sums in registers; the chunk's rows meanwhile lie in cache. Arrays arrive as
+addresses (float32; contiguous but for ``x``, whose strides are given), and ``taps`` as ``(0, 1, .. K - 1)``: its length
+is part of its type, so that a loop over it is unrolled.
+
+Inputs are numbered as in ``cat(past, x)``: ``source`` [B T K] says which of them tap k of an output meets, ``target``
+[B K-1+T K] which output met an input with tap k, -1 for none (``interface.neighbours``). Empty tables mean ``t + k``
+and ``j - k``.
+
+Bound, forward with SiLU: 8 bytes, and per vector K multiply-adds, one exp2 (13 instructions), a division and 3 more.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
+from numba.cpython.unsafe.tuple import tuple_setitem
 
-from jambascope.kernels.vector_math import FAST, sigmoid
+from jambascope.kernels.vectors import LANES, load, load_every, repeat, sigmoid, splat, store
 
-LANES = 16
+CHUNK = 32
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def forward(start, stop, x, weight, bias, past, silu, out):
-    """x [B T >=E]; out [B T E]; weight [K E]; bias [E]; past [B K-1 E]; E a multiple of LANES."""
-    T, E, K = x.shape[1], weight.shape[1], weight.shape[0]
-    blocks = E // LANES
-    acc = np.empty(LANES, np.float32)
+@njit(inline="always")
+def _input(x, x_batch, x_row, past, b, j, e, E, K):
+    if j < K - 1:
+        return load(past, (b * (K - 1) + j) * E + e)
+    return load(x, b * x_batch + (j - (K - 1)) * x_row + e)
+
+
+@njit(inline="always")
+def _weights(address, e, taps):
+    """The weights of a lane block, one vector per tap, out of [E K]."""
+    K = len(taps)
+    rows = repeat(splat(np.float32(0.0)), taps)
+    for k in range(K):
+        rows = tuple_setitem(rows, k, load_every(address, e * K + k, K))
+    return rows
+
+
+@njit(inline="always")
+def _window_before(x, x_batch, x_row, past, b, first, e, E, source, taps):
+    """The inputs that the next position shares with the one before; nothing where the table is asked instead."""
+    K = len(taps)
+    window = repeat(splat(np.float32(0.0)), taps)
+    if source.size == 0:
+        for k in range(1, K):
+            window = tuple_setitem(window, k, _input(x, x_batch, x_row, past, b, first - 1 + k, e, E, K))
+    return window
+
+
+@njit(inline="always")
+def _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps):
+    K = len(taps)
+    if source.size == 0:
+        return window[1:] + (load(x, b * x_batch + t * x_row + e),)
+    for k in range(K):
+        j = source[b, t, k]
+        tap = _input(x, x_batch, x_row, past, b, j, e, E, K) if j >= 0 else splat(np.float32(0.0))
+        window = tuple_setitem(window, k, tap)
+    return window
+
+
+@njit(inline="always")
+def _dot(weights, window, sums):
+    for k in range(len(weights)):
+        sums = sums + weights[k] * window[k]
+    return sums
+
+
+@njit(nogil=True, cache=True)
+def forward(start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, taps, silu, out):
+    """weight [E K]; bias [E]; past [B K-1 E]; out [B T E]. E at least LANES: the last block overlaps its neighbour."""
+    K = len(taps)
+    zero = splat(np.float32(0.0))
+    chunks = -(-T // CHUNK)
     for item in range(start, stop):
-        b = item // blocks
-        e0 = (item % blocks) * LANES
-        for t in range(T):
-            for i in range(LANES):
-                acc[i] = bias[e0 + i]
-            for k in range(K):
-                s = t - (K - 1) + k
-                if s >= 0:
-                    for i in range(LANES):
-                        acc[i] += weight[k, e0 + i] * x[b, s, e0 + i]
-                else:
-                    for i in range(LANES):
-                        acc[i] += weight[k, e0 + i] * past[b, s + K - 1, e0 + i]
-            if silu:
-                for i in range(LANES):
-                    out[b, t, e0 + i] = acc[i] * sigmoid(acc[i])
-            else:
-                for i in range(LANES):
-                    out[b, t, e0 + i] = acc[i]
+        b, first = item // chunks, item % chunks * CHUNK
+        for block in range(-(-E // LANES)):
+            e = min(block * LANES, E - LANES)
+            weights = _weights(weight, e, taps)
+            offset = load(bias, e)
+            window = _window_before(x, x_batch, x_row, past, b, first, e, E, source, taps)
+            for t in range(first, min(first + CHUNK, T)):
+                if source.size and source[b, t, K - 1] < 0:
+                    store(out, (b * T + t) * E + e, zero)
+                    continue
+                window = _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps)
+                v = _dot(weights, window, offset)
+                if silu:
+                    v = v * sigmoid(v)
+                store(out, (b * T + t) * E + e, v)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def backward(start, stop, x, weight, bias, past, silu, dout, through, grad_x, grad_past, grad_weight, grad_bias):
-    """``through`` [B T E] takes the gradient before SiLU; grad_weight [B K E] and grad_bias [B E] are per row."""
-    T, E, K = x.shape[1], weight.shape[1], weight.shape[0]
-    blocks = E // LANES
-    one, zero = np.float32(1.0), np.float32(0.0)
-    acc = np.empty(LANES, np.float32)
-    sum_bias = np.empty(LANES, np.float32)
-    sum_weight = np.empty((K, LANES), np.float32)
-    window = np.empty((K, LANES), np.float32)
+@njit(nogil=True, cache=True)
+def backward_weights(
+    start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, taps, silu, dout, through, grad_weight, grad_bias
+):
+    """``through`` [B T E]: the gradient before SiLU; grad_weight [items K E] and grad_bias [items E] are per item."""
+    K = len(taps)
+    zero, one = splat(np.float32(0.0)), np.float32(1.0)
+    chunks = -(-T // CHUNK)
     for item in range(start, stop):
-        b = item // blocks
-        e0 = (item % blocks) * LANES
-        sum_bias[:] = zero
-        sum_weight[:] = zero
-        for t in range(T):
+        b, first = item // chunks, item % chunks * CHUNK
+        for block in range(-(-E // LANES)):
+            e = min(block * LANES, E - LANES)
+            weights = _weights(weight, e, taps)
+            offset = load(bias, e)
+            window = repeat(zero, taps)
+            sums = repeat(zero, taps)
+            sum_bias = zero
+            if source.size == 0:
+                for k in range(1, K):
+                    window = tuple_setitem(window, k, _input(x, x_batch, x_row, past, b, first - 1 + k, e, E, K))
+            for t in range(first, min(first + CHUNK, T)):
+                if source.size and source[b, t, K - 1] < 0:
+                    store(through, (b * T + t) * E + e, zero)
+                    continue
+                window = _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps)
+                g = load(dout, (b * T + t) * E + e)
+                if silu:
+                    v = _dot(weights, window, offset)
+                    s = sigmoid(v)
+                    g = g * (s * (v * (one - s) + one))
+                store(through, (b * T + t) * E + e, g)
+                sum_bias = sum_bias + g
+                for k in range(K):
+                    sums = tuple_setitem(sums, k, sums[k] + g * window[k])
+            store(grad_bias, item * E + e, sum_bias)
             for k in range(K):
-                s = t - (K - 1) + k
-                if s >= 0:
-                    for i in range(LANES):
-                        window[k, i] = x[b, s, e0 + i]
+                store(grad_weight, (item * K + k) * E + e, sums[k])
+
+
+@njit(nogil=True, cache=True)
+def backward_inputs(start, stop, T, E, weight, target, taps, through, grad_x, grad_past):
+    """grad_x [B T E] and grad_past [B K-1 E]; a work item is CHUNK of a row's K - 1 + T inputs."""
+    K = len(taps)
+    P = K - 1
+    zero = splat(np.float32(0.0))
+    chunks = -(-(P + T) // CHUNK)
+    for item in range(start, stop):
+        b, first = item // chunks, item % chunks * CHUNK
+        for block in range(-(-E // LANES)):
+            e = min(block * LANES, E - LANES)
+            weights = _weights(weight, e, taps)
+            window = repeat(zero, taps)
+            if target.size == 0:
+                for k in range(K - 1):
+                    if 0 <= first - 1 - k < T:
+                        window = tuple_setitem(window, k, load(through, (b * T + first - 1 - k) * E + e))
+            for j in range(first, min(first + CHUNK, P + T)):
+                if target.size == 0:
+                    newest = load(through, (b * T + j) * E + e) if j < T else zero
+                    window = (newest,) + window[:-1]
                 else:
-                    for i in range(LANES):
-                        window[k, i] = past[b, s + K - 1, e0 + i]
-            for i in range(LANES):
-                acc[i] = dout[b, t, e0 + i]
-            if silu:
-                for i in range(LANES):
-                    v = bias[e0 + i]
                     for k in range(K):
-                        v += weight[k, e0 + i] * window[k, i]
-                    sig = sigmoid(v)
-                    acc[i] *= sig * (one + v * (one - sig))
-            for i in range(LANES):
-                through[b, t, e0 + i] = acc[i]
-                sum_bias[i] += acc[i]
-            for k in range(K):
-                for i in range(LANES):
-                    sum_weight[k, i] += acc[i] * window[k, i]
-        for i in range(LANES):
-            grad_bias[b, e0 + i] = sum_bias[i]
-            for k in range(K):
-                grad_weight[b, k, e0 + i] = sum_weight[k, i]
-        # An input at s reached the outputs at s .. s + K - 1, through weights K - 1 .. 0.
-        for s in range(-(K - 1), T):
-            acc[:] = zero
-            for k in range(K):
-                t = s + (K - 1) - k
-                if 0 <= t < T:
-                    for i in range(LANES):
-                        acc[i] += weight[k, e0 + i] * through[b, t, e0 + i]
-            for i in range(LANES):
-                if s >= 0:
-                    grad_x[b, s, e0 + i] = acc[i]
+                        t = target[b, j, k]
+                        window = tuple_setitem(window, k, load(through, (b * T + t) * E + e) if t >= 0 else zero)
+                g = _dot(weights, window, zero)
+                if j < P:
+                    store(grad_past, (b * P + j) * E + e, g)
                 else:
-                    grad_past[b, s + K - 1, e0 + i] = acc[i]
+                    store(grad_x, (b * T + j - P) * E + e, g)
+
+
+@njit(nogil=True, cache=True)
+def step(B, E, x, x_batch, past, weight, bias, taps, silu, out, new_past):
+    """One position: out [B E], and the past [B K-1 E] that the next one meets."""
+    K = len(taps)
+    P = K - 1
+    for b in range(B):
+        for block in range(-(-E // LANES)):
+            e = min(block * LANES, E - LANES)
+            v = load(bias, e)
+            for k in range(K):
+                tap = load(past, (b * P + k) * E + e) if k < P else load(x, b * x_batch + e)
+                v = v + load_every(weight, e * K + k, K) * tap
+                if k:
+                    store(new_past, (b * P + k - 1) * E + e, tap)
+            if silu:
+                v = v * sigmoid(v)
+            store(out, b * E + e, v)

@@ -1,4 +1,4 @@
-"""Experts one by one, in torch: the definition, and fast where a Python loop over experts is cheap (a CPU).
+"""Experts one by one, in torch: the definition.
 
 Axes: M token, S chosen slot, X expert, D d_model, F d_mlp.
 """
@@ -8,31 +8,39 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from jambascope.kernels.experts.int8 import ExpertsInt8
+
 
 def experts(
     x: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | ExpertsInt8,
+    down: torch.Tensor | ExpertsInt8,
+    addends: bool,
 ) -> torch.Tensor:
     """See :func:`jambascope.kernels.experts.experts`: tokens sorted by expert, two products per expert used."""
     tokens, slots = indices.shape
-    if tokens == 1:  # decoding: nothing to sort
-        outputs = [_expert(x, gate_up[e], down[e]) for e in indices[0].tolist()]
-        return torch.stack(outputs, dim=1) * weights[..., None]
     order = indices.reshape(-1).argsort(stable=True)
     counts = indices.reshape(-1).bincount(minlength=gate_up.shape[0]).tolist()
-    inputs = x[order // slots].split(counts)
     outputs = []
-    # unbind, not gate_up[e]: the gradient is then one stack instead of a full-size zero tensor per expert.
-    for part, gate_up_e, down_e in zip(inputs, gate_up.unbind(0), down.unbind(0), strict=True):
-        if len(part):
-            outputs.append(_expert(part, gate_up_e, down_e))
+    for part, gate_up_e, down_e in zip(x[order // slots].split(counts), _each(gate_up), _each(down), strict=True):
+        gate, up = _product(part, gate_up_e).chunk(2, dim=-1)
+        outputs.append(_product(F.silu(gate) * up, down_e))
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return torch.cat(outputs)[place].view(tokens, slots, -1) * weights[..., None]
+    result = torch.cat(outputs)[place].view(tokens, slots, -1) * weights[..., None]
+    return result if addends else result.sum(1)
 
 
-def _expert(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+def _each(weight: torch.Tensor | ExpertsInt8) -> list:
+    # unbind, not weight[e]: the gradient is then one stack instead of a full-size zero tensor per expert.
+    if isinstance(weight, ExpertsInt8):
+        return list(zip(weight.values.unbind(0), weight.scale.unbind(0), strict=True))
+    return list(weight.unbind(0))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    if isinstance(weight, tuple):
+        values, scale = weight
+        return (F.linear(x, values.to(x.dtype)) * scale).to(x.dtype)
+    return F.linear(x, weight)

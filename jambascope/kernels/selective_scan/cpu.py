@@ -16,6 +16,7 @@ from jambascope.kernels.threads import run_items
 LOG2_E = math.log2(math.e)
 SERIAL_BELOW = 65_536
 """State updates below which waking another thread costs more than it saves."""
+_NOTHING = np.empty(0, np.float32)
 _NO_SLOTS = np.empty(0, np.int32)
 
 
@@ -41,7 +42,7 @@ def selective_scan(
     options: Options,
 ) -> ScanResult:
     """See :func:`jambascope.kernels.selective_scan.selective_scan`. Arithmetic and states in float32."""
-    from jambascope.kernels.selective_scan.cpu_kernels import LANES
+    from jambascope.kernels.vectors import LANES
 
     length, d_inner = x.shape[1:]
     edits = options.edits
@@ -80,7 +81,7 @@ def _plan(options: Options, length: int, d_inner: int, pad: int) -> _Plan:
         channel_slot, n_channels = _slots(channels, d_inner + pad), len(channels)
     return _Plan(
         options.dt_softplus,
-        np.empty((0, 0), np.uint8) if options.marks is None else options.marks.contiguous().numpy(),
+        np.empty(0, np.uint8) if options.marks is None else options.marks.numpy().reshape(-1),
         _slots(None if edits is None else edits.positions, length),
         _slots(capture, length),
         channel_slot,
@@ -97,22 +98,22 @@ def _slots(chosen: np.ndarray | None, size: int) -> np.ndarray:
     return slots
 
 
-def _array(v: torch.Tensor | None, ndim: int) -> np.ndarray:
-    """Contiguous float32; an option that is off is an empty array of its rank (numba compiles per rank)."""
+def _flat(v: torch.Tensor | None) -> np.ndarray:
+    """Contiguous float32 as one run of numbers; none for an option that is off."""
     if v is None:
-        return np.empty((0,) * ndim, np.float32)
-    return v.detach().to(torch.float32).contiguous().numpy()
+        return _NOTHING
+    return v.detach().to(torch.float32).contiguous().numpy().reshape(-1)
 
 
-def _rows(v: torch.Tensor | None) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """[B T E] as flat memory with (offset, stride of b, stride of t): a slice of a projection is not copied."""
+def _rows(v: torch.Tensor | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """[B T E] as flat memory with the strides of b and t: a slice of a projection is not copied."""
     if v is None:
-        return np.empty(0, np.float32), (0, 0, 0)
+        return _NOTHING, (0, 0)
     v = v.detach()
-    if v.dtype != torch.float32 or v.stride(2) != 1 or min(v.stride()) < 0:
+    if v.dtype != torch.float32 or v.stride(2) != 1:
         v = v.to(torch.float32).contiguous()
     size = 1 + sum((n - 1) * s for n, s in zip(v.shape, v.stride(), strict=True))
-    return v.as_strided((size,), (1,)).numpy(), (0, v.stride(0), v.stride(1))
+    return v.as_strided((size,), (1,)).numpy(), v.stride()[:2]
 
 
 def _chunk_length(d_state: int) -> int:
@@ -126,26 +127,33 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
 
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
     chunk = _chunk_length(d_state)
-    # [B E slot N] -> [B slot N E]: the layout in which the loop reads a lane block as one vector.
-    edits = [_array(None if v is None else v.permute(0, 2, 3, 1), 4) for v in (scale, shift)]
-    numbers = [_array(v, v.ndim) for v in (x, dt, A * LOG2_E, B, C, D)]
-    given = (*numbers, *_rows(gate), _array(dt_bias, 1), plan.dt_softplus, plan.marks)
-    edited = (plan.edit_slot, *edits)
+    # States go in and come out as [.. N E]: the layout in which the loop reads a lane block as one vector.
+    given = (
+        (length, d_inner, d_state, 0 if scale is None else scale.shape[2]),
+        *map(_flat, (x, dt, A.T * LOG2_E, B, C, D)),
+        *_rows(gate),
+        _flat(dt_bias),
+        plan.dt_softplus,
+        plan.marks,
+        plan.edit_slot,
+        *(_flat(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)),
+        plan.capture_slot,
+        plan.channel_slot,
+    )
     y = torch.empty(batch, length, d_inner)
-    final = torch.empty(batch, d_inner, d_state)
+    final = torch.empty(batch, d_state, d_inner)
     positions, channels = plan.captured_size
     captured = torch.empty(batch, positions, d_state, channels)
-    checkpoints = np.empty((batch, -(-length // chunk) if keep else 0, d_state, d_inner), np.float32)
-    slots = (plan.capture_slot, plan.channel_slot)
-    outputs = y.numpy(), final.numpy(), captured.numpy(), checkpoints
-    arguments = (*given, _array(h0, 3), *edited, *slots, *outputs, chunk)
+    checkpoints = torch.empty(batch, -(-length // chunk) if keep else 0, d_state, d_inner)
+    outputs = _flat(y), _flat(final), captured.numpy(), _flat(checkpoints)
+    start_state = _flat(None if h0 is None else h0.mT)
     announce_first_compile(k.forward)
     run_items(
-        lambda start, stop: k.forward(start, stop, *arguments),
+        lambda start, stop: k.forward(start, stop, *given, start_state, *outputs, chunk),
         batch * d_inner // k.LANES,
         serial=x.numel() * d_state < SERIAL_BELOW,
     )
-    return (y.to(x.dtype), final, captured), (*given, *edited, *slots, checkpoints, chunk)
+    return (y.to(x.dtype), final.mT, captured), (*given, outputs[-1], chunk)
 
 
 class _Scan(torch.autograd.Function):
@@ -166,18 +174,18 @@ class _Scan(torch.autograd.Function):
         (batch, length, d_inner), d_state = x.shape, A.shape[1]
         groups = min(d_inner // k.LANES, max(1, -(-16 // batch)))
         grad_x, grad_dt = torch.empty(2, batch, length, d_inner)
-        grad_gate = torch.empty(batch, length, d_inner) if gate is not None else torch.empty(0, 0, 0)
-        grad_A = torch.empty(batch, d_inner, d_state)
+        grad_gate = torch.empty(batch, length, d_inner) if gate is not None else torch.empty(0)
+        grad_A = torch.empty(batch, d_state, d_inner)
         grad_D = torch.empty(batch, d_inner)
         # Zeros: with blocks that do not divide evenly, a trailing group may own none and write only its sums.
         grad_B, grad_C = torch.zeros(2, batch, groups, length, d_state)
-        grad_h0 = torch.empty(batch, d_inner, d_state) if h0 is not None else torch.empty(0, 0, 0)
+        grad_h0 = torch.empty(batch, d_state, d_inner) if h0 is not None else torch.empty(0)
         n_edits = 0 if scale is None else scale.shape[2]
         grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner)
-        above = [_array(g, g.ndim) for g in (dy, dfinal, dcaptured)]
+        above = _flat(dy), _flat(dfinal.mT), dcaptured.to(torch.float32).contiguous().numpy()
         announce_first_compile(k.backward)
         into = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_gate, grad_h0, grad_scale, grad_shift)
-        arguments = (groups, *ctx.kept, *above, *(g.numpy() for g in into))
+        arguments = (groups, *ctx.kept, *above, *map(_flat, into))
         run_items(
             lambda start, stop: k.backward(start, stop, *arguments),
             batch * groups,
@@ -186,13 +194,13 @@ class _Scan(torch.autograd.Function):
         grads = [
             grad_x,
             grad_dt,
-            grad_A.sum(0),
+            grad_A.sum(0).T,
             grad_B.sum(1),
             grad_C.sum(1),
             grad_D.sum(0),
             grad_gate if gate is not None else None,
             grad_dt.sum((0, 1)) if dt_bias is not None else None,
-            grad_h0 if h0 is not None else None,
+            grad_h0.mT if h0 is not None else None,
             grad_scale.permute(0, 3, 1, 2) if scale is not None else None,
             grad_shift.permute(0, 3, 1, 2) if scale is not None else None,
         ]

@@ -1,0 +1,95 @@
+"""One token through a whole sub-layer in one call, on a CPU in float32: what decoding takes when nobody listens.
+
+A token's work is so little that calling torch operation by operation costs more than the operations do. These
+functions compute what the layers compute; the layers take them when :func:`fits` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from types import ModuleType
+
+import torch
+from jaxtyping import Float
+
+from jambascope.kernels.compiling import announce_first_compile
+
+CHANNELS = 16
+"""What the channels of a mixer must be a multiple of: the lanes of a vector."""
+MOST_ROWS = 4
+"""Batch rows from which on torch's products, which read a weight once for all rows, are faster."""
+
+
+class Weights:
+    """The addresses of a layer's parameters, taken anew at every token: parameters may be replaced."""
+
+    def __init__(self) -> None:
+        self._checked: tuple[int, ...] | None = None
+
+    def addresses(self, tensors: Iterable[torch.Tensor | None]) -> tuple[int, ...] | None:
+        """One per tensor, 0 for an absent one; None unless all are contiguous float32 on the CPU."""
+        tensors = list(tensors)
+        addresses = tuple([0 if v is None else v.data_ptr() for v in tensors])
+        if addresses != self._checked:
+            for v in tensors:
+                if v is not None and not (v.dtype == torch.float32 and v.is_contiguous() and v.device.type == "cpu"):
+                    return None
+            self._checked = addresses
+        return addresses
+
+
+def fits(x: torch.Tensor) -> bool:
+    """Whether ``x`` [B T D] is one token of few rows, in float32 on the CPU, and nobody wants gradients."""
+    return (
+        x.shape[1] == 1
+        and x.shape[0] <= MOST_ROWS
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+    )
+
+
+def mamba_step(
+    hidden: Float[torch.Tensor, "batch d_model"],
+    past: Float[torch.Tensor, "batch d_conv-1 d_inner"],
+    state: Float[torch.Tensor, "batch d_inner d_state"],
+    dt_rank: int,
+    eps: float,
+    weights: tuple[int, ...],
+) -> tuple[
+    Float[torch.Tensor, "batch d_model"],
+    Float[torch.Tensor, "batch d_conv-1 d_inner"],
+    Float[torch.Tensor, "batch d_inner d_state"],
+]:
+    """A Mamba-1 mixer (arXiv 2312.00752; inner norms of 2403.19887) for one token: output, new past, new state.
+
+    ``d_inner`` a multiple of 16. The new past and state are other tensors than the old. ``weights`` are addresses, in
+    the order in which ``cpu_kernels.mamba_step`` takes them.
+    """
+    rows, d_model = hidden.shape
+    width, (d_inner, d_state) = past.shape[1] + 1, state.shape[1:]
+    hidden, past, state = hidden.contiguous(), past.contiguous(), state.mT.contiguous()
+    out, new_past, new_state = torch.empty_like(hidden), torch.empty_like(past), torch.empty_like(state)
+    moving = [v.data_ptr() for v in (past, state, out, new_past, new_state)]
+    sizes = rows, d_model, d_inner, d_state, dt_rank, width
+    _kernels().mamba_step(*sizes, eps, hidden.data_ptr(), *weights, *moving)
+    return out, new_past, new_state.mT
+
+
+def swiglu_step(
+    x: Float[torch.Tensor, "batch d_model"], d_mlp: int, weights: tuple[int, ...]
+) -> Float[torch.Tensor, "batch d_model"]:
+    """``down(SiLU(gate x) * up x)`` for one token; ``weights`` are the addresses of gate, up and down."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _kernels().swiglu_step(*x.shape, d_mlp, x.data_ptr(), *weights, out.data_ptr())
+    return out
+
+
+@cache
+def _kernels() -> ModuleType:
+    from jambascope.kernels.decode import cpu_kernels
+
+    announce_first_compile(cpu_kernels.mamba_step)
+    return cpu_kernels

@@ -1,0 +1,341 @@
+"""The CPU backend: matrix products by torch, one thread to each, and the numba loops of ``cpu_kernels`` around them.
+
+Work is cut into tasks of at most ROWS pairs of one expert: gather, product, SwiGLU, product, all within the caches of
+one core. Threads take tasks, because two products of one thread each are faster than two of two threads: at 32 rows
+1.5 times. Tokens go in blocks of BLOCK_TOKENS, so that what lies between the passes is small, and is kept and reused: a
+fresh page costs microseconds.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from jambascope.errors import InputError
+from jambascope.kernels.compiling import announce_first_compile
+from jambascope.kernels.experts.int8 import ExpertsInt8
+from jambascope.kernels.threads import run_items
+
+ROWS = 128
+"""Pairs to a task: enough that a product runs at full rate, few enough that its rows stay in L2."""
+BLOCK_TOKENS = 2048
+SLICE = 1 << 18
+"""Weights widened to float32 at a time, where they are stored in another type."""
+KEPT_BYTES = 32 << 20
+"""Scratch buffers beyond this size are given back to the system."""
+RECOMPUTE_TO = 256
+"""d_model up to which the backward computes gate and up again: cheaper there than memory to keep them in."""
+
+
+# -- scratch memory and weights ------------------------------------------------------------------------------
+
+
+class _Scratch:
+    """Buffers that outlive a call; whoever takes one has it alone until it is given back."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        with self._lock:
+            for i, buffer in enumerate(self._free):
+                if buffer.numel() >= nbytes:
+                    return self._free.pop(i)
+            if self._free:
+                self._free.pop(0)
+        with torch.inference_mode(False):  # an inference tensor could not be written to in a later, ordinary call
+            return torch.empty(nbytes, dtype=torch.uint8)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        if buffer.numel() <= KEPT_BYTES:
+            with self._lock:
+                self._free.append(buffer)
+
+
+_scratch = _Scratch()
+
+
+class _Carver:
+    """Cuts matrices from a buffer, one behind the other."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer, self.used = buffer, 0
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        start = -(-self.used // 64) * 64
+        self.used = start + rows * columns * dtype.itemsize
+        return self.buffer[start : self.used].view(dtype).view(rows, columns)
+
+
+class _Weight(NamedTuple):
+    """One weight of all experts: values [X n k], and a scale [X n] if they are int8."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None
+
+    def product(self, e: int, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """out [R n] = rows [R k] W^T."""
+        values = self.values[e]
+        if values.dtype == rows.dtype:
+            torch.mm(rows, values.T, out=out)
+            return
+        for part in _slices(values):
+            torch.mm(rows, values[part].to(rows.dtype).T, out=out[:, part])
+            if self.scale is not None:
+                out[:, part].mul_(self.scale[e, part])
+
+    def adjoint(self, e: int, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """out [R k] = rows [R n] W."""
+        values = self.values[e]
+        if values.dtype == rows.dtype:
+            torch.mm(rows, values, out=out)
+            return
+        out.zero_()
+        for part in _slices(values):
+            left = rows[:, part] if self.scale is None else rows[:, part] * self.scale[e, part]
+            torch.addmm(out, left, values[part].to(rows.dtype), out=out)
+
+
+def _slices(values: torch.Tensor) -> list[slice]:
+    step = max(1, SLICE // values.shape[1])
+    return [slice(a, min(a + step, len(values))) for a in range(0, len(values), step)]
+
+
+def _array(v: torch.Tensor) -> np.ndarray:
+    """As the loops take it: see ``cpu_kernels``."""
+    v = v.detach()
+    if v.dtype == torch.bfloat16:
+        return v.view(torch.uint16).numpy()
+    return (v.view(torch.int16) if v.dtype == torch.float16 else v).numpy()
+
+
+# -- forward -------------------------------------------------------------------------------------------------
+
+
+def experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor | ExpertsInt8,
+    down: torch.Tensor | ExpertsInt8,
+    addends: bool,
+) -> torch.Tensor:
+    """See :func:`jambascope.kernels.experts.experts`. Sums in float32."""
+    gate_up_, down_ = _weight(gate_up), _weight(down)
+    inputs = (x, weights, gate_up_.values, down_.values)
+    if torch.is_grad_enabled() and any(v.requires_grad for v in inputs):
+        return _Experts.apply(*inputs, gate_up_.scale, down_.scale, indices, addends)
+    return _forward(x, indices, weights, gate_up_, down_, addends, None)
+
+
+def _weight(weight: torch.Tensor | ExpertsInt8) -> _Weight:
+    return _Weight(weight.values, weight.scale) if isinstance(weight, ExpertsInt8) else _Weight(weight, None)
+
+
+class _Block(NamedTuple):
+    """Some of the tokens, sorted by expert."""
+
+    tokens: slice
+    pairs: slice
+    order: np.ndarray
+    place: np.ndarray
+    offsets: list[int]
+    """Where each expert's pairs begin in ``order``, and where they end."""
+
+    def tasks(self) -> list[tuple[int, int, int]]:
+        """(expert, first row, last row and one)."""
+        return [
+            (e, row, min(row + ROWS, stop))
+            for e, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False))
+            for row in range(start, stop, ROWS)
+        ]
+
+
+def _blocks(indices: torch.Tensor, n_experts: int) -> list[_Block]:
+    from jambascope.kernels.experts import cpu_kernels as k
+
+    tokens, slots = indices.shape
+    flat = indices.reshape(-1).numpy()
+    blocks = []
+    for first in range(0, tokens, BLOCK_TOKENS):
+        last = min(first + BLOCK_TOKENS, tokens)
+        chosen = flat[first * slots : last * slots]
+        order, place = np.empty((2, len(chosen)), np.int64)
+        offsets = np.empty(n_experts + 1, np.int64)
+        announce_first_compile(k.sort_by_expert)
+        if not k.sort_by_expert(chosen, order, place, offsets):
+            raise InputError(f"indices name experts {chosen.min()}..{chosen.max()}; there are 0..{n_experts - 1}")
+        pairs = slice(first * slots, last * slots)
+        blocks.append(_Block(slice(first, last), pairs, order, place, offsets.tolist()))
+    return blocks
+
+
+def _forward(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: _Weight,
+    down: _Weight,
+    addends: bool,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """The layer's output, and in ``keep`` [P 2F], if there, gate and up of the sorted pairs."""
+    (tokens, d_model), slots, d_mlp = x.shape, indices.shape[1], down.values.shape[2]
+    kind = torch.float32 if gate_up.scale is not None else x.dtype
+    out = torch.empty(tokens * slots if addends else tokens, d_model, dtype=x.dtype)
+    x, flat_weights, gate_up, down = x.detach().contiguous(), weights.detach().reshape(-1), *_detached(gate_up, down)
+    for block in _blocks(indices, len(gate_up.values)):
+        staging = _scratch.take(len(block.order) * d_model * kind.itemsize)
+        rows = _Carver(staging).matrix(len(block.order), d_model, kind)
+        kept = None if keep is None else keep[block.pairs]
+        block_x, block_weights = x[block.tokens], flat_weights[block.pairs]
+        _run_tasks(block, slots, block_x, block_weights, gate_up, down, d_mlp, kept, rows)
+        _combine(block, 1 if addends else slots, rows, out[block.pairs if addends else block.tokens])
+        _scratch.give(staging)
+    return out.view(tokens, slots, d_model) if addends else out
+
+
+def _detached(*weights: _Weight) -> list[_Weight]:
+    return [_Weight(w.values.detach(), w.scale) for w in weights]
+
+
+def _run_tasks(block, slots, x, weights, gate_up, down, d_mlp, keep, out):
+    """out [pairs of the block, D] = the weighted outputs, sorted by expert."""
+    from jambascope.kernels.experts import cpu_kernels as k
+
+    tasks, d_model, kind = block.tasks(), x.shape[1], out.dtype
+    x_array, weight_array = _array(x), _array(weights)
+    most = max(stop - start for _, start, stop in tasks)
+    nbytes = most * (d_model + 3 * d_mlp) * kind.itemsize + 3 * 64
+    for loop in (k.gather, k.swiglu):
+        announce_first_compile(loop)
+
+    def work(first: int, last: int) -> None:
+        buffer = _scratch.take(nbytes)
+        for e, start, stop in tasks[first:last]:
+            carver, n, order = _Carver(buffer), stop - start, block.order[start:stop]
+            inputs = carver.matrix(n, d_model, kind)
+            hidden = carver.matrix(n, 2 * d_mlp, kind) if keep is None else keep[start:stop]
+            act = carver.matrix(n, d_mlp, kind)
+            k.gather(order, slots, x_array, _array(inputs))
+            gate_up.product(e, inputs, hidden)
+            k.swiglu(order, weight_array, _array(hidden), _array(act))
+            down.product(e, act, out[start:stop])
+        _scratch.give(buffer)
+
+    run_items(work, len(tasks), serial=len(tasks) < torch.get_num_threads())
+
+
+def _combine(block: _Block, slots: int, rows: torch.Tensor, out: torch.Tensor) -> None:
+    from jambascope.kernels.experts import cpu_kernels as k
+
+    rows_array, out_array = _array(rows), _array(out)
+    announce_first_compile(k.combine)
+    run_items(
+        lambda start, stop: k.combine(start, stop, block.place, slots, rows_array, out_array),
+        len(out),
+        serial=rows.numel() < 65_536,
+    )
+
+
+# -- backward ------------------------------------------------------------------------------------------------
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, gate_up, down, gate_up_scale, down_scale, indices, addends):
+        keep = None
+        if x.shape[1] > RECOMPUTE_TO:
+            kind = torch.float32 if gate_up_scale is not None else x.dtype
+            keep = torch.empty(indices.numel(), 2 * down.shape[2], dtype=kind)
+        ctx.save_for_backward(x, weights, gate_up, down, gate_up_scale, down_scale, indices, keep)
+        ctx.addends = addends
+        return _forward(
+            x, indices, weights, _Weight(gate_up, gate_up_scale), _Weight(down, down_scale), addends, keep
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        x, weights, gate_up, down, gate_up_scale, down_scale, indices, keep = ctx.saved_tensors
+        need_x, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
+        slots, d_model = indices.shape[1], x.shape[1]
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+        grad_weights = torch.empty(weights.numel())
+        into = [
+            torch.zeros(w.shape) if need else None for w, need in ((gate_up, need_gate_up), (down, need_down))
+        ]
+        dout = dout.contiguous().view(-1, d_model)
+        pair_weights = weights.detach().float().reshape(-1)
+        both = _detached(_Weight(gate_up, gate_up_scale), _Weight(down, down_scale))
+        x = x.detach().contiguous()
+        for block in _blocks(indices, len(gate_up)):
+            staging = _scratch.take(len(block.order) * d_model * 4)
+            dx = _Carver(staging).matrix(len(block.order), d_model, torch.float32) if need_x else None
+            dy, dy_slots = (dout[block.pairs], 1) if ctx.addends else (dout[block.tokens], slots)
+            _run_backward(
+                block, slots, x[block.tokens], pair_weights[block.pairs], both, None if keep is None else keep[block.pairs],
+                dy, dy_slots, dx, grad_weights[block.pairs], into,
+            )  # fmt: skip
+            if need_x:
+                _combine(block, slots, dx, grad_x[block.tokens])
+            _scratch.give(staging)
+        grads = [
+            None if g is None else g.view(v.shape).to(v.dtype)
+            for g, v in zip((grad_x, grad_weights, *into), (x, weights, gate_up, down), strict=True)
+        ]
+        return *grads, None, None, None, None
+
+
+def _run_backward(block, slots, x, weights, both, keep, dy, dy_slots, dx, dweights, into):
+    """One block's adjoint in float32; a thread takes a whole expert, whose weights' gradients it adds up in order."""
+    from jambascope.kernels.experts import cpu_kernels as k
+
+    gate_up, down = both
+    grad_gate_up, grad_down = into
+    d_model, d_mlp, f32 = x.shape[1], down.values.shape[2], torch.float32
+    by_expert: dict[int, list[tuple[int, int]]] = {}
+    for e, start, stop in block.tasks():
+        by_expert.setdefault(e, []).append((start, stop))
+    chosen = sorted(by_expert, key=lambda e: -len(by_expert[e]))
+    arrays = [_array(v) for v in (x, dy, weights, dweights)]
+    nbytes = ROWS * (2 * d_model + 6 * d_mlp) * 4 + 6 * 64
+    for loop in (k.gather, k.swiglu_backward):
+        announce_first_compile(loop)
+
+    def rows_of(buffer: torch.Tensor, e: int, start: int, stop: int) -> None:
+        x_array, dy_array, weight_array, dweight_array = arrays
+        carver, n, order = _Carver(buffer), stop - start, block.order[start:stop]
+        inputs, outputs = (carver.matrix(n, d_model, f32) for _ in range(2))
+        act, dact = (carver.matrix(n, d_mlp, f32) for _ in range(2))
+        dhidden = carver.matrix(n, 2 * d_mlp, f32)
+        k.gather(order, slots, x_array, _array(inputs))
+        k.gather(order, dy_slots, dy_array, _array(outputs))
+        if keep is None:
+            hidden = carver.matrix(n, 2 * d_mlp, f32)
+            gate_up.product(e, inputs, hidden)
+        else:
+            hidden = keep[start:stop]
+        down.adjoint(e, outputs, dact)
+        k.swiglu_backward(
+            order, weight_array, _array(hidden), _array(dact), _array(dhidden), _array(act), dweight_array
+        )
+        if grad_down is not None:
+            torch.addmm(grad_down[e], outputs.T, act, out=grad_down[e])
+        if grad_gate_up is not None:
+            torch.addmm(grad_gate_up[e], dhidden.T, inputs, out=grad_gate_up[e])
+        if dx is not None:
+            gate_up.adjoint(e, dhidden, dx[start:stop])
+
+    def work(first: int, last: int) -> None:
+        buffer = _scratch.take(nbytes)
+        for e in chosen[first:last]:
+            for start, stop in by_expert[e]:
+                rows_of(buffer, e, start, stop)
+        _scratch.give(buffer)
+
+    run_items(work, len(chosen), serial=len(chosen) < torch.get_num_threads())

@@ -1,0 +1,82 @@
+"""What the mixers of both Mambas share: the convolution around padding, and states that hooks see and change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jambascope.hook_point import HookPoint
+from jambascope.kernels.causal_conv import causal_conv1d
+from jambascope.kernels.selective_scan import StateEdits
+
+Result = TypeVar("Result")
+
+
+def convolve(
+    conv1d: nn.Conv1d, hook: HookPoint, x: torch.Tensor, mask: torch.Tensor | None, past: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """SiLU of the causal convolution over a row's tokens, as if its padding were not there; and the new past.
+
+    ``hook`` sees the convolution before SiLU. x [B T E], mask [B T], past [B d_conv-1 E].
+    """
+    if mask is not None:
+        # Tokens move to the front, in order, so that each meets the tokens before it (or the past), not padding.
+        order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(x)
+        x = (x * mask[..., None]).gather(1, order)
+    heard = hook.heard
+    out = causal_conv1d(x, conv1d.weight[:, 0], conv1d.bias, past, silu=not heard)
+    if mask is not None:
+        out = torch.zeros_like(out).scatter(1, order, out)
+    new_past = None if past is None else _last_inputs(past, x, mask)
+    return F.silu(hook(out)) if heard else out, new_past
+
+
+def _last_inputs(past: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The last inputs of each row's tokens, as many as ``past`` [B d_conv-1 E] holds; padding of x is at its end."""
+    count = past.shape[1]
+    if mask is None:
+        return torch.cat((past, x[:, max(0, x.shape[1] - count) :]), dim=1)[:, -count:] if count else past
+    index = mask.sum(1)[:, None] + torch.arange(count, device=mask.device)
+    return torch.cat((past, x), dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def scan_with_listeners(
+    scan: Callable[..., Result], write: Callable[[], torch.Tensor], hook_write: HookPoint, hook_state: HookPoint
+) -> Result:
+    """A scan with its writes and states shown, scanned again with whatever was changed.
+
+    A changed write is added to the state at its position. A changed entry of the state is pinned to the new value,
+    and later positions follow from it; entries a hook left alone are scanned again.
+
+    Args:
+        scan: takes ``capture`` and ``edits``; its result has ``captured``, of the shape of the edits.
+        write: what is written to the state at every position, [B E T N]; asked for only when heard.
+    """
+    edits = None
+    if hook_write.heard:
+        written = write()
+        shown = hook_write(written.clone())
+        edits = StateEdits.add(range(written.shape[2]), shown - written)
+    result = scan(capture="all", edits=edits)
+    if not hook_state.heard:
+        return result
+    states = result.captured
+    counts_edits = not states.is_inference()  # inference tensors have no version
+    version = states._version if counts_edits else None
+    original = states if counts_edits else states.clone()
+    shown = hook_state(states)
+    if counts_edits and states._version != version:
+        # Edited in place: what was there before has to be computed again.
+        original = scan(capture="all", edits=edits).captured
+    elif counts_edits and shown is states:
+        if not (hook_state.wants_gradient or states.retains_grad):
+            return result
+    pinned = shown != original
+    shift = torch.zeros_like(original) if edits is None else edits.shift
+    # Where nothing was changed `shown - original` is zero, but carries the state's gradient into what is shown.
+    shift = torch.where(pinned, shown, shift + (shown - original))
+    return scan(capture=None, edits=StateEdits(range(shown.shape[2]), (~pinned).to(shown.dtype), shift))
