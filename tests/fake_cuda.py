@@ -18,13 +18,17 @@ def fake_cuda() -> Iterator[None]:
 
 
 class _WithoutDeviceGuard(TorchFunctionMode):
-    """``x[...]`` and ``~x`` as functions: on a torch without CUDA those operators ask for the device itself."""
+    """Methods that, on a torch without CUDA, ask for the device itself, as functions that do not."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__ and args[0].device.type == "cuda":
             return _index(*args)
         if func is torch.Tensor.__invert__ and args[0].dtype == torch.bool:
             return torch.logical_not(args[0])
+        if func is torch.Tensor.contiguous and args[0].device.type == "cuda":
+            return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
+        if func is torch.Tensor.to and isinstance(args[1], torch.device | str) and torch.device(args[1]).type == "cuda":
+            return torch.ops.aten._to_copy.default(args[0], device=torch.device(args[1]), **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 
 from jambascope.kernels.compile_check import CompileCase
 from jambascope.kernels.selective_scan.interface import PADDING, Options, ScanResult, StateEdits
-from jambascope.kernels.selective_scan.triton_launch import CHUNK, scan_backward, scan_forward
+from jambascope.kernels.selective_scan.triton_launch import CHUNK, lanes, padded_states, scan_backward, scan_forward
 
 LOG2_E = math.log2(math.e)
 MAX_STATES = 16
 """States that fit into a thread's registers, forwards and backwards, without spills."""
 MIN_SEGMENT = 128
-_COPY = 16_384
+_COPY = 8_192
 
 
 def selective_scan(
@@ -48,8 +48,8 @@ def selective_scan(
         return _scan_in_blocks(x, dt, A, B, C, D, options)
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
     x, dt, gate = (v if v is None or v.stride(2) == 1 else v.contiguous() for v in (x, dt, options.gate))
-    pad = (1 << (d_state - 1).bit_length()) - d_state
-    BC = F.pad(torch.stack((B.float(), C.float()), dim=2), (0, pad, 0, 0, 0, -length % CHUNK))
+    pad = padded_states(d_state, lanes()) - d_state
+    BC = _padded(_padded(torch.stack((B.float(), C.float()), dim=2), 3, pad), 1, -length % CHUNK)
     edits = options.edits if options.edits is not None and len(options.edits.positions) else None
     edit_slot = None if edits is None else _slots(edits.positions, length, x.device)
     keeps = options.capture is not None and len(options.capture) > 0
@@ -62,7 +62,7 @@ def selective_scan(
     values = None
     if edits is not None:
         values = torch.stack((edits.scale.float(), edits.shift.float()), dim=1)  # [B 2 E P N]
-        values = F.pad(values, (0, pad)).permute(0, 3, 1, 4, 2).contiguous()
+        values = _padded(values, 4, pad).permute(0, 3, 1, 4, 2).contiguous()
     tensors = (x, dt, _states_first(A.float() * LOG2_E, pad), BC, D, gate, bias, h0, values)
     slots = (options.marks, edit_slot, capture_slot, channel_slot)
     segment = use_chunks(batch, d_inner, length, _multiprocessors(x.device))
@@ -78,8 +78,14 @@ def selective_scan(
 
 def _states_first(v: torch.Tensor, pad: int) -> torch.Tensor:
     """[.. E N] -> [.. N+pad E], float32."""
-    v = F.pad(v, (0, pad)) if pad else v
-    return v.float().transpose(-1, -2).contiguous()
+    return _padded(v.float(), v.ndim - 1, pad).transpose(-1, -2).contiguous()
+
+
+def _padded(v: torch.Tensor, dim: int, count: int) -> torch.Tensor:
+    """With ``count`` zeros behind."""
+    if count == 0:
+        return v
+    return torch.cat((v, v.new_zeros(*v.shape[:dim], count, *v.shape[dim + 1 :])), dim=dim)
 
 
 def use_chunks(batch: int, d_inner: int, length: int, multiprocessors: int) -> int:
@@ -92,7 +98,7 @@ def use_chunks(batch: int, d_inner: int, length: int, multiprocessors: int) -> i
     segment shorter than MIN_SEGMENT positions. Decays are multiplied (each at most 1), never divided, so nothing
     overflows; resets and edits are part of the affine map.
     """
-    programs = batch * -(-d_inner // 32)
+    programs = batch * -(-d_inner // lanes())
     segments = min(16 * multiprocessors // programs, length // MIN_SEGMENT)
     if segments < 4:
         return length
@@ -143,8 +149,8 @@ def _slots(indices: np.ndarray, size: int, device: torch.device) -> torch.Tensor
         return slots.masked_fill((slots < 0) | (slots >= count), -1)
     slots = torch.full((size,), -1, dtype=torch.int32, device=device)
     for start in range(0, count, _COPY):
-        piece = torch.tensor(indices[start : start + _COPY], dtype=torch.int32).to(device, non_blocking=True)
-        slots[piece] = torch.arange(start, start + len(piece), dtype=torch.int32, device=device)
+        piece = torch.tensor(indices[start : start + _COPY]).to(device, non_blocking=True)
+        slots = slots.index_copy(0, piece, torch.arange(start, start + len(piece), dtype=torch.int32, device=device))
     return slots
 
 

@@ -44,7 +44,8 @@ def scan_cases() -> list[CompileCase]:
     for lanes, targets in ((32, ("sm_80", "sm_90")), (64, ("gfx942",))):
         for name, options in SETS.items():
             cases += _set(name, options, "bf16", 16, lanes, targets)
-        for dtype, d_state in (("fp32", 16), ("bf16", 8), ("bf16", 1)):
+        sizes = sorted({launch.padded_states(n, lanes) for n in (1, 4, 8)})
+        for dtype, d_state in (("fp32", 16), *(("bf16", n) for n in sizes if n < 16)):
             for name in ("model", "all"):
                 cases += _set(name, SETS[name], dtype, d_state, lanes, targets)
     return cases + _small_cases()

@@ -33,7 +33,8 @@ def softplus(v):
     log(w) / (w - 1) cancels the rounding of w = 1 + exp(v)."""
     u = tl.exp(tl.minimum(v, 20.0))
     w = 1.0 + u
-    return tl.where(v > 20.0, v, tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0))))
+    rounded = tl.where(w == 1.0, 1.0, w - 1.0)
+    return tl.where(v > 20.0, v, tl.where(w == 1.0, u, tl.log(w) * (u / rounded)))
 
 
 @triton.jit
@@ -161,13 +162,15 @@ def forward_kernel(
 
     first = segment * segment_length
     stop = tl.minimum(first + segment_length, T)
-    x += b * stride_xb + first.to(tl.int64) * stride_xt
-    dt += b * stride_dtb + first.to(tl.int64) * stride_dtt
+    stride_xt, stride_dtt = tl.cast(stride_xt, tl.int64), tl.cast(stride_dtt, tl.int64)
+    stride_gt = tl.cast(stride_gt, tl.int64)
+    x += b * stride_xb + first * stride_xt
+    dt += b * stride_dtb + first * stride_dtt
     BC += (b * (tl.cdiv(T, CHUNK) * CHUNK) + first) * (2 * N)
     if y is not None:
         y += (b * T + first) * E
     if gate is not None:
-        gate += b * stride_gb + first.to(tl.int64) * stride_gt
+        gate += b * stride_gb + first * stride_gt
     if marks is not None:
         marks += b * T
     for t in range(first, stop, STEPS):

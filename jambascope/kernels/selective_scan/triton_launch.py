@@ -26,10 +26,19 @@ def layout(lanes: int, backward: bool, edits: bool, captures: bool, d_state: int
     return dict(STEPS=steps, num_warps=2 if backward and edits and lanes == 32 and d_state == 16 else 1)
 
 
-def _device(x: torch.Tensor) -> tuple[int, contextlib.AbstractContextManager]:
-    """Channels per program (a lane for each: 64 on AMD), and the device to launch on."""
-    lanes = 64 if torch.version.hip else 32
-    return lanes, torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+def lanes() -> int:
+    """Threads of a warp, and channels of a program."""
+    return 64 if torch.version.hip else 32
+
+
+def padded_states(d_state: int, lanes: int) -> int:
+    """A power of two; with 64 lanes 1 or 16, since fewer would leave more addresses in scalar registers than fit."""
+    return 16 if lanes == 64 and d_state > 1 else 1 << (d_state - 1).bit_length()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
@@ -74,7 +83,7 @@ def scan_forward(
     (batch, length, d_inner), d_state = x.shape, A.shape[0]
     results = _forward_results(x, n_captured, n_channels, d_state, keep)
     y, last, captured, checkpoints = results
-    block_e, device = _device(x)
+    block_e = lanes()
     segments = -(-length // segment)
     n_edits = 0 if edits is None else edits.shape[1]
     sizes = (length, d_inner, segment, n_edits, n_captured, n_channels, checkpoints.shape[1])
@@ -84,7 +93,7 @@ def scan_forward(
         **layout(block_e, False, edit_slot is not None, capture_slot is not None, d_state),
     )  # fmt: skip
     grid = (batch * segments * -(-d_inner // block_e),)
-    with device:
+    with _on(x.device):
         starts = h0
         if segments > 1:
             ends, products, starts = last.new_empty(3, batch, segments, d_state, d_inner)
@@ -144,7 +153,7 @@ def scan_backward(
     batch, length, d_inner = x.shape
     results = _gradients(x, dt, A, BC, D, gate, bias, h0, edits)
     grad_x, grad_dt, _, _, _, grad_gate, _, grad_h0, grad_edits = results
-    block_e, device = _device(x)
+    block_e = lanes()
     segments, blocks = -(-length // segment), -(-d_inner // block_e)
     n_edits, d_state = 0 if edits is None else edits.shape[1], A.shape[0]
     shape = layout(block_e, True, edit_slot is not None, capture_slot is not None, d_state)
@@ -157,7 +166,7 @@ def scan_backward(
     if not n_captured:
         dcaptured = None
     grid = (batch * segments * blocks,)
-    with device:
+    with _on(x.device):
         lambdas = dlast
         if segments > 1:
             ends, products, lambdas = A.new_empty(3, batch, segments, d_state, d_inner)
@@ -214,8 +223,7 @@ def state_update(
     y, new_state = x.new_empty(batch, d_inner), torch.empty_like(state)
     block_n = 1 << (d_state - 1).bit_length()
     block_e = max(1, STATES_PER_STEP // block_n)
-    _, device = _device(x)
-    with device:
+    with _on(x.device):
         k.state_update_kernel[(batch * -(-d_inner // block_e),)](
             state, x, dt, A, B, C, D, gate, bias, y, new_state, d_inner, *state.stride(), *A.stride(), x.stride(0),
             dt.stride(0), B.stride(0), C.stride(0), 0 if gate is None else gate.stride(0),
