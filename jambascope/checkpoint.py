@@ -86,7 +86,9 @@ def check_quantize(quantize: str | None, config: JambaConfig) -> None:
     if quantize not in (None, QUANTIZE):
         raise ConfigError(f"quantize={quantize!r} is not known; use {QUANTIZE!r}, or None for the weights as they are")
     if quantize is not None and not config.moe_layers:
-        raise ConfigError(f"quantize={quantize!r}: this model has no MoE layer, and only experts are quantised; leave it out")
+        raise ConfigError(
+            f"quantize={quantize!r}: this model has no MoE layer, and only experts are quantised; leave it out"
+        )
 
 
 def _places(model: HookedJamba) -> dict[str, torch.Tensor | ExpertsInt8]:
@@ -260,9 +262,7 @@ def _stored_dtype(plan: list[Piece], where: dict[str, Path]) -> torch.dtype:
         return DTYPES[f.get_slice(name).get_dtype()]
 
 
-def _copy_weights(
-    places: dict[str, torch.Tensor | ExpertsInt8], plan: list[Piece], where: dict[str, Path]
-) -> None:
+def _copy_weights(places: dict[str, torch.Tensor | ExpertsInt8], plan: list[Piece], where: dict[str, Path]) -> None:
     for path, group in _by_file(plan, where):
         for batch in _batches(group, places):
             # Opened anew for every batch: pages of the mapped file count as ours until the mapping is closed.
@@ -288,7 +288,9 @@ def _part(piece: Piece, place: torch.Tensor, rows: slice | None) -> torch.Tensor
     return piece.part(place) if rows is None else piece.part(place)[rows]
 
 
-def _batches(group: list[Piece], places: dict[str, torch.Tensor | ExpertsInt8]) -> Iterator[list[tuple[Piece, slice | None]]]:
+def _batches(
+    group: list[Piece], places: dict[str, torch.Tensor | ExpertsInt8]
+) -> Iterator[list[tuple[Piece, slice | None]]]:
     """The pieces of one file, large ones cut into row ranges, in batches of at most about COPY_BYTES."""
     batch: list[tuple[Piece, slice | None]] = []
     held = 0

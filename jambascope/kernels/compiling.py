@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,38 @@ _announced: set[int] = set()
 
 def announce_first_compile(kernel: Any) -> None:
     """Log one line when numba is about to compile ``kernel`` and no earlier process left it in the disk cache."""
-    if id(kernel) in _announced:
-        return
-    _announced.add(id(kernel))
-    name = f"{kernel.__module__}.{kernel.__name__}"
-    folder = Path(kernel.stats.cache_path)
-    stem = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}-"
+    if id(kernel) not in _announced:
+        _announced.add(id(kernel))
+        _announce(kernel, kernel.stats.cache_path)
+
+
+def _announce(function: Callable, cache_path: str) -> None:
+    name, folder = f"{function.__module__}.{function.__name__}", Path(cache_path)
+    stem = f"{function.__module__.rpartition('.')[2]}.{function.__name__}-"
     if not any(p.name.startswith(stem) and p.suffix == ".nbi" for p in folder.glob("*.nbi")):
         log.warning("compiling the CPU kernel %s (once, some seconds; cached in %s)", name, folder)
+
+
+class NativeTask:
+    """A function of one pointer, compiled by numba to be called from C; compiled when it is first needed."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self.function = function
+
+    @cached_property
+    def _compiled(self) -> Any:
+        from numba import cfunc, types
+        from numba.core.caching import FunctionCache
+
+        _announce(self.function, FunctionCache(self.function).cache_path)
+        return cfunc(types.void(types.voidptr), cache=True)(self.function)
+
+    @cached_property
+    def address(self) -> int:
+        """Of the machine code."""
+        return self._compiled.address
+
+    @cached_property
+    def call(self) -> Callable[[int], None]:
+        """Call it on an address, in this thread and without the GIL."""
+        return self._compiled.ctypes

@@ -252,7 +252,8 @@ def test_nothing_waits_for_the_device(tokens, quantized, triton_device, fake_cud
             assert out.shape == shape and out.device.type == "cuda"
             for keep in (False, True):
                 results = [
-                    op(x, indices, weights, *pieces, addends, keep) for op in (triton._forward, triton._forward._init_fn)
+                    op(x, indices, weights, *pieces, addends, keep)
+                    for op in (triton._forward, triton._forward._init_fn)
                 ]
                 assert results[0][0].shape == shape
                 assert [r.shape for r in results[0]] == [r.shape for r in results[1]]

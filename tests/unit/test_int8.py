@@ -101,8 +101,10 @@ def test_half_the_bytes_of_bfloat16_experts(checkpoint, small_config):
     # Jamba-1.5-Large, arXiv 2408.12570 section 3.2: eight GPUs of 80 GB hold it with its experts in int8.
     sizes = dict(d_model=8192, d_mlp=24576, n_heads=64, n_key_value_heads=8, d_head=128, d_vocab=65536)
     large = JambaConfig.jamba(n_layers=72, **sizes)
-    assert memory.weight_bytes(large, torch.bfloat16) > 8 * 80e9 > memory.weight_bytes(
-        large, torch.bfloat16, "experts_int8"
+    assert (
+        memory.weight_bytes(large, torch.bfloat16)
+        > 8 * 80e9
+        > memory.weight_bytes(large, torch.bfloat16, "experts_int8")
     )
 
 

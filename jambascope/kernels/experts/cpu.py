@@ -1,9 +1,9 @@
-"""The CPU backend: matrix products by torch, one thread to each, and the numba loops of ``cpu_kernels`` around them.
+"""The CPU backend: tokens sorted by expert, native loops over tasks of one expert, autograd around them.
 
-Work is cut into tasks of at most ROWS pairs of one expert: gather, product, SwiGLU, product, all within the caches of
-one core. Threads take tasks, because two products of one thread each are faster than two of two threads: at 32 rows
-1.5 times. Tokens go in blocks of BLOCK_TOKENS, so that what lies between the passes is small, and is kept and reused: a
-fresh page costs microseconds.
+A task is at most ROWS pairs of one expert, and stays within the caches of one core: forward it is a turn of the loop
+in ``cpu_products``, backward four products by torch, of one thread each, and the numba loops of ``cpu_kernels`` between
+them. A token or a few go through ``cpu_vectors``. Tokens are taken BLOCK_TOKENS at a time, so that what lies between
+the passes is small, and is kept and reused: a fresh page costs microseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from jambascope.errors import InputError
 from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.experts.int8 import ExpertsInt8
-from jambascope.kernels.threads import CUTS_PER_THREAD, run_compiled, run_items
+from jambascope.kernels.threads import CUTS_PER_THREAD, run_items, run_native
 
 ROWS = 128
 """Pairs to a task: enough that a product runs at full rate, few enough that its rows stay in L2."""
@@ -159,11 +159,11 @@ def _few(
         gate_up_values.data_ptr(), 0 if gate_up.scale is None else gate_up.scale.data_ptr(),
         down_values.data_ptr(), 0 if down.scale is None else down.scale.data_ptr(), act.data_ptr(), out.data_ptr(),
     )  # fmt: skip
-    run_compiled(k.gate_up_vectors, block, threads)
+    run_native(k.gate_up_vectors, block, threads)
     if block[k.OUT_OF_RANGE]:
         raise _out_of_range(indices, n_experts)
     block[k.NEXT_PART] = 0
-    run_compiled(k.down_vectors, block, threads)
+    run_native(k.down_vectors, block, threads)
     return out.to(x.dtype)
 
 
@@ -255,7 +255,7 @@ def _run_tasks(
         down.values.data_ptr(), 0 if down.scale is None else down.scale.data_ptr(), out.data_ptr(), scratch.data_ptr(),
     )  # fmt: skip
     call[k.BLOCK] = ctypes.addressof(call)
-    run_compiled(k.run_tasks, call, threads)
+    run_native(k.run_tasks, call, threads)
     _scratch.give(scratch)
 
 
@@ -289,9 +289,7 @@ class _Experts(torch.autograd.Function):
         slots, d_model = indices.shape[1], x.shape[1]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
         grad_weights = torch.empty(weights.numel())
-        into = [
-            torch.zeros(w.shape) if need else None for w, need in ((gate_up, need_gate_up), (down, need_down))
-        ]
+        into = [torch.zeros(w.shape) if need else None for w, need in ((gate_up, need_gate_up), (down, need_down))]
         dout = dout.contiguous().view(-1, d_model)
         pair_weights = weights.detach().float().reshape(-1)
         both = _detached(_Weight(gate_up, gate_up_scale), _Weight(down, down_scale))

@@ -13,9 +13,10 @@ from __future__ import annotations
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from jambascope.kernels.compiling import NativeTask
 from jambascope.kernels.experts.cpu_kernels import address, take, widen
 from jambascope.kernels.vector_math import FAST, sigmoid
 
@@ -60,12 +61,13 @@ def scratch_floats(rows: int, d_model: int, d_mlp: int) -> int:
 # -- the product in registers --------------------------------------------------------------------------------
 
 
-def _make_micro(wide: int):
+def _make_micro(lanes: int, wide: int):
     """``micro(a, b, pitch, inputs, K, sums)``: ROWS rows of weights times the first ``wide`` vectors of a tile.
 
     Half of the rows begin at a and half at b, ``pitch`` floats apart; inputs [K TILE]; sums [ROWS TILE].
     """
-    f32, i32, i64, vector = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
+    f32, i32, i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+    vector = ir.VectorType(f32, lanes)
     byte_pointer = ir.IntType(8).as_pointer()
 
     def function(builder, name, result, arguments):
@@ -75,7 +77,7 @@ def _make_micro(wide: int):
     def codegen(context, builder, signature, args):
         a, b, inputs, sums = (builder.bitcast(args[i], f32.as_pointer()) for i in (0, 1, 3, 5))
         pitch, K = args[2], args[4]
-        fma = function(builder, f"llvm.fma.v{LANES}f32", vector, [vector] * 3)
+        fma = function(builder, f"llvm.fma.v{lanes}f32", vector, [vector] * 3)
         prefetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), [byte_pointer, i32, i32, i32])
         rows = [builder.gep(base, [builder.mul(pitch, i64(r))]) for base in (a, b) for r in range(HALF)]
         ahead = builder.mul(pitch, i64(HALF))
@@ -85,13 +87,13 @@ def _make_micro(wide: int):
 
         def step(k, acc):
             start = builder.mul(k, i64(TILE))
-            x = [builder.load(at(inputs, builder.add(start, i64(v * LANES))), align=4) for v in range(wide)]
+            x = [builder.load(at(inputs, builder.add(start, i64(v * lanes))), align=4) for v in range(wide)]
             after = []
             for r in range(ROWS):
                 number = builder.load(builder.gep(rows[r], [k]))
                 first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, i32(0))
-                lanes = ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
-                weight = builder.shuffle_vector(first, first, lanes)
+                everywhere = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
+                weight = builder.shuffle_vector(first, first, everywhere)
                 after += [builder.call(fma, [weight, x[v], acc[r * wide + v]]) for v in range(wide)]
             return after
 
@@ -118,12 +120,12 @@ def _make_micro(wide: int):
             builder.position_at_end(done)
             return k, now
 
-        zeros = [ir.Constant(vector, [0.0] * LANES)] * (ROWS * wide)
+        zeros = [ir.Constant(vector, [0.0] * lanes)] * (ROWS * wide)
         k, acc = loop(i64(0), builder.and_(K, i64(-UNROLL)), zeros, UNROLL)
         _, acc = loop(k, K, acc, 1)
         for r in range(ROWS):
             for v in range(wide):
-                builder.store(acc[r * wide + v], at(sums, i64(r * TILE + v * LANES)), align=4)
+                builder.store(acc[r * wide + v], at(sums, i64(r * TILE + v * lanes)), align=4)
         return context.get_dummy_value()
 
     def micro(typingctx, a, b, pitch, inputs, K, sums):
@@ -139,7 +141,7 @@ def _make_micro(wide: int):
     return intrinsic(micro)
 
 
-_micro_narrow, _micro_wide = _make_micro(1), _make_micro(WIDE)
+_micro_half, _micro_one, _micro_wide = _make_micro(LANES // 2, 1), _make_micro(LANES, 1), _make_micro(LANES, WIDE)
 FLOAT = 4
 
 
@@ -200,10 +202,15 @@ def _bytes(kind):
 
 @njit
 def _multiply(a, b, pitch, tile, K, sums, tokens):
-    if tokens > LANES:
+    """Sums of a tile's first tokens, in steps of half a vector."""
+    if tokens > LANES + LANES // 2:
         _micro_wide(a, b, pitch, tile, K, sums)
-    else:
-        _micro_narrow(a, b, pitch, tile, K, sums)
+        return
+    if tokens > LANES // 2:
+        _micro_one(a, b, pitch, tile, K, sums)
+        tile, sums, tokens = tile + LANES * FLOAT, sums + LANES * FLOAT, tokens - LANES
+    if tokens > 0:
+        _micro_half(a, b, pitch, tile, K, sums)
 
 
 @njit(fastmath=FAST)
@@ -264,7 +271,7 @@ def _down(a, expert, rows, act_at, out, sums_at, panel_at):
                     into[j] = sums[j, t]
 
 
-@cfunc(types.void(types.voidptr), cache=True)
+@NativeTask
 def run_tasks(block):
     """Take tasks until there are none, each within this thread's part of the scratch memory."""
     a = carray(block, (len(FIELDS),), np.int64)

@@ -8,8 +8,9 @@ it at once, each taking parts until there are none.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
+from jambascope.kernels.compiling import NativeTask
 from jambascope.kernels.experts.cpu_kernels import SUM, address, take, widen
 from jambascope.kernels.vector_math import sigmoid
 
@@ -91,7 +92,7 @@ def _down(block, a, down):
                 out[m, d] = total
 
 
-@cfunc(types.void(types.voidptr), cache=True)
+@NativeTask
 def gate_up_vectors(block):
     a = carray(block, (len(FIELDS),), np.int64)
     shape = (a[EXPERTS], 2 * a[D_MLP], a[D_MODEL])
@@ -105,7 +106,7 @@ def gate_up_vectors(block):
         _gate_up(block, a, carray(address(a[GATE_UP]), shape, np.int8))
 
 
-@cfunc(types.void(types.voidptr), cache=True)
+@NativeTask
 def down_vectors(block):
     a = carray(block, (len(FIELDS),), np.int64)
     shape = (a[EXPERTS], a[D_MODEL], a[D_MLP])

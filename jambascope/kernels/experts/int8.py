@@ -14,7 +14,9 @@ LEVELS = 127
 """Symmetric: -127..127 around zero."""
 
 
-def quantize_rows(weight: Float[torch.Tensor, "*row k"]) -> tuple[Int8[torch.Tensor, "*row k"], Float32[torch.Tensor, "*row"]]:
+def quantize_rows(
+    weight: Float[torch.Tensor, "*row k"],
+) -> tuple[Int8[torch.Tensor, "*row k"], Float32[torch.Tensor, "*row"]]:
     """``values`` and ``scale`` with ``weight ~ values * scale``, scale = max|row| / 127.
 
     Each weight is off by at most half its row's scale (and the quotient's rounding, 2**-17 of a scale). A row of

@@ -290,7 +290,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dout, x, weights, gate_up, down, gate_up_scale, down_scale, hidden, order, offsets, need_x, need_gate_up, need_down):  # fmt: skip
+def _(dout, x, weights, gate_up, down, _1, _2, hidden, order, offsets, need_x, need_gate_up, need_down):
     def like(v: torch.Tensor, need: bool) -> torch.Tensor:
         return v.new_empty(v.shape if need else 0, dtype=x.dtype if v is not weights else v.dtype)
 
@@ -337,9 +337,7 @@ def _case(name: str, kernel: Any, types: dict[str, str | None], constexprs: dict
 
     options = dict(num_warps=constexprs.pop("num_warps"), num_stages=constexprs.pop("num_stages"))
     absent = {p: None for p, kind in types.items() if kind is None}
-    given = {
-        p: types.get(p, "i32") for p in kernel.arg_names if p not in constexprs and p not in absent
-    }
+    given = {p: types.get(p, "i32") for p in kernel.arg_names if p not in constexprs and p not in absent}
     sizes = tuple(p for p in given if p in _SIZES)
     return CompileCase(name, kernel, given, constexprs | absent, multiples_of_16=sizes, **options)
 
@@ -399,6 +397,9 @@ def _gradient_cases(kind: str, dtype: torch.dtype) -> list[CompileCase]:
     types = dict(left=a, right=a, order="*i64", offsets="*i32", out=a)
     blocks = dict(BLOCK_I=b.rows, BLOCK_J=b.n, BLOCK_R=b.k, num_warps=b.warps, num_stages=b.stages, **_dot(dtype))
     return [
-        _case(f"{name}_gradient-{kind}", k.weight_gradient_kernel, types, dict(blocks, GATHER_LEFT=left, GATHER_RIGHT=not left))
+        _case(
+            f"{name}_gradient-{kind}", k.weight_gradient_kernel, types,
+            dict(blocks, GATHER_LEFT=left, GATHER_RIGHT=not left),
+        )
         for name, left in (("gate_up", False), ("down", True))
     ]  # fmt: skip

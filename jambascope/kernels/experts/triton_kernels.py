@@ -22,8 +22,9 @@ P = M S pairs, U experts used, X all experts, D d_model, F d_mlp. Bound: the pro
 more rows than the device does operations per byte (H100 in bfloat16: about 300), the reading of weights below that.
 A decoded token is all reading: the vector kernels read each chosen expert once, and have no sort in front of them.
 
-DOT is the type of a product's operands, PRECISION what becomes of float32 ones. Sums are float32; nothing is added atomically: terms of one token are stored and added in the order of its slots, and
-a block of a weight's gradient is summed by one program.
+DOT is the type of a product's operands, PRECISION what becomes of float32 ones. Sums are float32; nothing is added
+atomically: terms of one token are stored and added in the order of its slots, and a block of a weight's gradient is
+summed by one program.
 """
 
 from __future__ import annotations
