@@ -7,7 +7,8 @@ from torch import nn
 
 from jambascope.attention import Attention
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint
+from jambascope.hook_point import HookPoint, listeners
+from jambascope.kernels import decode
 from jambascope.mamba import MambaMixer
 from jambascope.mamba2 import Mamba2Mixer
 from jambascope.mlp import DenseMLP
@@ -38,11 +39,16 @@ class Block(nn.Module):
             self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
             self.hook_mlp_out = HookPoint()  # [B T D]
         self.hook_resid_post = HookPoint()  # [B T D]
+        self._listeners, self._step_weights = listeners(self), decode.Weights()
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]; where the run says so, in pieces and into x itself."""
         if run.piece_length is not None:
             return self._forward_in_pieces(x, run)
+        if decode.fits(x) and not any(self._listeners):
+            stepped = self._step(x, run)
+            if stepped is not None:
+                return stepped
         x = self.hook_resid_pre(x)
         if self.is_attention:
             out = self.hook_attn_out(self.attn(self.ln1(x), run))
@@ -57,6 +63,29 @@ class Block(nn.Module):
             x = x + out
         return self.hook_resid_post(x)
 
+    def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:
+        """One token in one call, where ``decode`` can; an attention layer's products are its own."""
+        c = self.config
+        if c.mixers[self.layer] != "mamba" or run.mask is not None or c.d_inner % decode.CHANNELS:
+            return None
+        memory = run.mamba_state(self.layer)
+        if memory is None:
+            return None
+        feed_forward = (None,) * 5
+        if self.has_feed_forward:
+            parameters = self.mlp.parameters_of_step()
+            if parameters is None:
+                return None
+            feed_forward = (self.ln2.weight, *parameters)
+        tensors = (self.ln1.weight, *self.mixer.parameters_of_step(), *feed_forward)
+        weights = self._step_weights.addresses(tensors)
+        if weights is None:
+            return None
+        experts = (c.num_experts, c.experts_per_token) if c.feed_forwards[self.layer] == "moe" else (0, 0)
+        sizes = decode.Sizes(c.d_model, c.d_inner, c.d_state, c.dt_rank, c.d_conv, c.d_mlp, *experts)
+        out, *new = decode.mamba_block_step(x[:, 0], memory.conv, memory.ssm, sizes, c.eps, weights)
+        run.update_mamba(self.layer, MambaState(*new))
+        return out[:, None]
 
     def _forward_in_pieces(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """The same for a long sequence that nobody listens to: what lies between is small and stays in cache."""
