@@ -19,7 +19,7 @@ OPTIONS = {
     "gate": ("gate", "grad_gate"),
     "bias": ("dt_bias",),
     "marks": ("marks",),
-    "start": ("starts", "grad_start", "given"),
+    "start": ("starts", "given"),
     "edits": ("edit_slot", "edits"),
     "capture": ("capture_slot", "captured", "dcaptured"),
     "channels": ("channel_slot",),
@@ -32,6 +32,7 @@ SETS = {
     "model": MODEL,
     "documents": MODEL | {"marks", "start"},
     "capture": MODEL | {"capture"},
+    "capture-documents": MODEL | {"marks", "start", "capture", "channels"},
     "edits": MODEL | {"edits"},
     "all": ALL,
 }
