@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,67 +18,21 @@ from transformer_lens.utilities import Slice
 
 from jambascope import generation
 from jambascope import tokens as tokenization
-from jambascope.attention import Attention
+from jambascope.block import Block
 from jambascope.config import JambaConfig
 from jambascope.devices import parse_device, parse_dtype
 from jambascope.errors import ConfigError, InputError
-from jambascope.hook_point import HookPoint
+from jambascope.hook_point import HookPoint, listeners
 from jambascope.hook_table import hook_rows, resolve, select_names
+from jambascope.initialization import initialize
 from jambascope.losses import LossTerms, load_balancing_loss, mean_loss, token_losses
-from jambascope.mamba import MambaMixer
-from jambascope.mamba2 import Mamba2Mixer
-from jambascope.mlp import DenseMLP
-from jambascope.moe import MoE
 from jambascope.norms import RMSNorm
 from jambascope.state import Auxiliary, InferenceState, Run
 
+PIECE_TOKENS = 2048
+"""Tokens that a layer takes at a time where nobody listens and no gradient is wanted: see the README's Speed."""
+
 Input = str | list[str] | Int[torch.Tensor, "batch pos"] | Int[torch.Tensor, "pos"]
-
-
-class Block(nn.Module):
-    """``x += mixer(ln1(x)); x += feed_forward(ln2(x))``; the second half is absent in pure Mamba."""
-
-    def __init__(self, config: JambaConfig, layer: int) -> None:
-        super().__init__()
-        self.hook_resid_pre = HookPoint()  # [B T D]
-        self.ln1 = RMSNorm(config.d_model, config.eps)
-        if config.mixers[layer] == "attention":
-            self.attn = Attention(config, layer)
-            self.hook_attn_out = HookPoint()  # [B T D]
-        else:
-            self.mixer = (Mamba2Mixer if config.mixers[layer] == "mamba2" else MambaMixer)(config, layer)
-            self.hook_mixer_out = HookPoint()  # [B T D]
-        self.is_attention = config.mixers[layer] == "attention"
-        self.has_feed_forward = config.feed_forwards[layer] != "none"
-        if self.has_feed_forward:
-            self.hook_resid_mid = HookPoint()  # [B T D]
-            self.ln2 = RMSNorm(config.d_model, config.eps)
-            self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
-            self.hook_mlp_out = HookPoint()  # [B T D]
-        self.hook_resid_post = HookPoint()  # [B T D]
-
-    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """[B T D] -> [B T D]"""
-        x = self.hook_resid_pre(x)
-        if self.is_attention:
-            out = self.hook_attn_out(self.attn(self.ln1(x), run))
-        else:
-            out = self.hook_mixer_out(self.mixer(self.ln1(x), run))
-        _note_activation(run, out)
-        x = x + out
-        if self.has_feed_forward:
-            x = self.hook_resid_mid(x)
-            out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
-            _note_activation(run, out)
-            x = x + out
-        return self.hook_resid_post(x)
-
-
-def _note_activation(run: Run, out: torch.Tensor) -> None:
-    if run.auxiliary is not None:
-        squares = out.float().square().mean(-1)
-        mean = squares.mean() if run.mask is None else (squares * run.mask).sum() / run.mask.sum()
-        run.auxiliary.squared_activations.append(mean)
 
 
 class HookedJamba(HookedRootModule):
@@ -114,6 +67,7 @@ class HookedJamba(HookedRootModule):
             self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
             self.hook_logits = HookPoint()  # [B T V]
         self.hook_rows = hook_rows(config)
+        self._listeners = listeners(self)
         self.setup()
         self.to(parse_dtype(dtype))
         self.allocate(parse_device(device))
@@ -233,7 +187,8 @@ class HookedJamba(HookedRootModule):
         tokens, mask = self._prepare(input, attention_mask, prepend_bos, state)
         if return_type in ("loss", "both"):
             tokenization.check_predictions(tokens, mask)
-        logits = self._run(tokens, mask, state)
+        nobody_looks = return_type is None and not any(self._listeners)
+        logits = self._run(tokens, mask, state, last_only=nobody_looks)
         if return_type in ("logits", None):
             return logits if return_type else None
         losses = token_losses(logits, tokens)
@@ -287,6 +242,8 @@ class HookedJamba(HookedRootModule):
     ) -> torch.Tensor:
         """Logits [B T V], or [B 1 V] of the last position: at long context the others are most of the memory."""
         run = Run(*tokens.shape, tokens.device, mask, state, auxiliary)
+        if tokens.numel() > PIECE_TOKENS and not torch.is_grad_enabled() and not any(self._listeners):
+            run.piece_length = max(1, PIECE_TOKENS // len(tokens))
         x = self.hook_embed(self.embed(tokens))
         for block in self.blocks:
             x = block(x, run)
@@ -425,31 +382,3 @@ class HookedJamba(HookedRootModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.RLock()
-
-
-@torch.no_grad()
-def initialize(model: HookedJamba, std: float = 0.02) -> None:
-    """Random weights: normal for matrices; A, D = 1 and dt in [0.001, 0.1] as the authors start them.
-
-    A is -(1..N) in each channel of Mamba, uniform in [-16, -1] over the heads of Mamba-2.
-    """
-    for name, p in model.named_parameters():
-        if name.endswith("norm.weight") or ".ln" in name or name.startswith("ln_final"):
-            p.fill_(1.0)
-        elif name.endswith("A_log") and p.ndim == 1:
-            p.uniform_(1, 16).log_()
-        elif name.endswith("A_log"):
-            p.copy_(torch.arange(1, p.shape[1] + 1, device=p.device).float().log().expand_as(p))
-        elif name.endswith(".D"):
-            p.fill_(1.0)
-        elif name.endswith(("dt_proj.bias", "dt_bias")):
-            dt = torch.exp(torch.empty(p.shape, device=p.device).uniform_(math.log(1e-3), math.log(1e-1)))
-            p.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        elif name.endswith("dt_proj.weight"):
-            p.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5)
-        elif name.endswith("conv1d.weight"):
-            p.uniform_(-(p.shape[2] ** -0.5), p.shape[2] ** -0.5)
-        elif name.endswith("bias"):
-            p.zero_()
-        else:
-            p.normal_(0.0, std)

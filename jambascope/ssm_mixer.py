@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jambascope.hook_point import HookPoint
-from jambascope.kernels.causal_conv import causal_conv1d
+from jambascope.kernels.causal_conv import causal_conv1d, next_past
 from jambascope.kernels.selective_scan import StateEdits
 
 Result = TypeVar("Result")
@@ -23,25 +23,10 @@ def convolve(
 
     ``hook`` sees the convolution before SiLU. x [B T E], mask [B T], past [B d_conv-1 E].
     """
-    if mask is not None:
-        # Tokens move to the front, in order, so that each meets the tokens before it (or the past), not padding.
-        order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(x)
-        x = (x * mask[..., None]).gather(1, order)
     heard = hook.heard
-    out = causal_conv1d(x, conv1d.weight[:, 0], conv1d.bias, past, silu=not heard)
-    if mask is not None:
-        out = torch.zeros_like(out).scatter(1, order, out)
-    new_past = None if past is None else _last_inputs(past, x, mask)
+    out = causal_conv1d(x, conv1d.weight[:, 0], conv1d.bias, past, silu=not heard, mask=mask)
+    new_past = None if past is None else next_past(x, past, mask)
     return F.silu(hook(out)) if heard else out, new_past
-
-
-def _last_inputs(past: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The last inputs of each row's tokens, as many as ``past`` [B d_conv-1 E] holds; padding of x is at its end."""
-    count = past.shape[1]
-    if mask is None:
-        return torch.cat((past, x[:, max(0, x.shape[1] - count) :]), dim=1)[:, -count:] if count else past
-    index = mask.sum(1)[:, None] + torch.arange(count, device=mask.device)
-    return torch.cat((past, x), dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def scan_with_listeners(

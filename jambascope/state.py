@@ -7,6 +7,7 @@ only when it has ended, so that an exception (in a hook, say) leaves the state a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +52,17 @@ class MambaState:
     ssm: torch.Tensor
     """[B E N], float32; of Mamba-2 too, where channel e belongs to head ``e // mamba_d_head``."""
 
+    @classmethod
+    def create(
+        cls, config: JambaConfig, mixer: str, batch: int, device: torch.device | str, dtype: torch.dtype
+    ) -> MambaState:
+        """An empty memory of a ``mixer`` ("mamba" or "mamba2"): nothing seen."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return cls(
+            torch.zeros(batch, config.d_conv - 1, config.conv_width(mixer), device=device, dtype=dtype),
+            torch.zeros(batch, config.d_inner, config.d_state, device=device, dtype=wide),
+        )
+
 
 @dataclass
 class InferenceState:
@@ -71,18 +83,7 @@ class InferenceState:
                 shape = (batch, 0, config.n_key_value_heads, config.d_head)
                 layers.append(KeyValueState(*(torch.empty(shape, device=device, dtype=dtype) for _ in range(2))))
             else:
-                layers.append(
-                    MambaState(
-                        torch.zeros(batch, config.d_conv - 1, config.conv_width(mixer), device=device, dtype=dtype),
-                        torch.zeros(
-                            batch,
-                            config.d_inner,
-                            config.d_state,
-                            device=device,
-                            dtype=torch.promote_types(dtype, torch.float32),
-                        ),
-                    )
-                )
+                layers.append(MambaState.create(config, mixer, batch, device, dtype))
         return cls(layers)
 
     @property
@@ -172,6 +173,8 @@ class Run:
         self.past = 0 if state is None else state.length
         self.mask = mask
         self.full_mask = self._full_mask(mask)
+        self.piece_length: int | None = None
+        """Positions that a layer takes at a time; None for all of them at once."""
         self._updates: dict[int, KeyValueState | MambaState] = {}
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self._visible: torch.Tensor | None = None
@@ -233,7 +236,26 @@ class Run:
         end = self.past + self.length
         return extended.keys[:, :end], extended.values[:, :end]
 
+    def pieces(self, layer: int, memory: MambaState | None) -> Iterator[tuple[slice, Run]]:
+        """The positions piece by piece, each with a run of its own that starts where the last one left a Mamba layer.
+
+        ``memory`` is what a Mamba layer starts from; None for an attention layer.
+        """
+        for start in range(0, self.length, self.piece_length):
+            positions = slice(start, min(start + self.piece_length, self.length))
+            mask = None if self.mask is None else self.mask[:, positions]
+            part = Run(self.batch, positions.stop - start, self.device, mask, None)
+            if memory is not None:
+                part._updates[layer] = memory
+            yield positions, part
+            memory = part._updates.get(layer)
+        if memory is not None:
+            self.update_mamba(layer, memory)
+
     def mamba_state(self, layer: int) -> MambaState | None:
+        """The memory of a Mamba layer before this run's first position."""
+        if layer in self._updates:
+            return self._updates[layer]
         if self.state is None:
             return None
         state = self.state.layers[layer]
@@ -241,8 +263,8 @@ class Run:
         return state
 
     def update_mamba(self, layer: int, state: MambaState) -> None:
-        if self.state is not None:
-            self._updates[layer] = state
+        """Note the memory of a Mamba layer after this run's last position."""
+        self._updates[layer] = state
 
     def commit(self) -> None:
         """Make the results of this run the state's; called when the whole forward pass has succeeded."""

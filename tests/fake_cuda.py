@@ -2,54 +2,46 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Within it ``device="cuda"`` makes fake tensors; ``.item()``, ``bool(tensor)`` and shapes from data raise."""
-    with FakeTensorMode(), _WithoutDeviceGuard():
+    """Within it ``device="cuda"`` makes fake tensors; ``.item()``, ``.cpu()`` and shapes from data raise."""
+    with _cuda_device_guard(), FakeTensorMode(), _NothingComesBack():
         yield
 
 
-class _WithoutDeviceGuard(TorchFunctionMode):
-    """Methods that, on a torch without CUDA, ask for the device itself, as functions that do not."""
+class _NothingComesBack(TorchDispatchMode):
+    """Fake tensors may be copied to the CPU; for real ones that waits until the GPU has computed them."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__getitem__ and args[0].device.type == "cuda":
-            return _index(*args)
-        if func is torch.Tensor.__invert__ and args[0].dtype == torch.bool:
-            return torch.logical_not(args[0])
-        if func is torch.Tensor.contiguous and args[0].device.type == "cuda":
-            return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
-        if func is torch.Tensor.to and isinstance(args[1], torch.device | str) and torch.device(args[1]).type == "cuda":
-            return torch.ops.aten._to_copy.default(args[0], device=torch.device(args[1]), **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and args[0].device.type == "cuda":
+            device = kwargs.get("device")
+            assert device is None or device.type == "cuda", "a tensor is copied from the GPU to the CPU"
+        return function(*args, **kwargs)
 
 
-def _index(x: torch.Tensor, key) -> torch.Tensor:
-    key = key if isinstance(key, tuple) else (key,)
-    spread = [k is Ellipsis for k in key]
-    at = spread.index(True) if any(spread) else len(key)
-    rest = [k for k in key[at + 1 :]]
-    missing = x.ndim - sum(k is not None for k in [*key[:at], *rest])
-    dim = 0
-    for k in [*key[:at], *[slice(None)] * missing, *rest]:
-        if k is None:
-            x = x.unsqueeze(dim)
-        elif isinstance(k, int):
-            x = x.select(dim, k)
-            continue
-        elif isinstance(k, slice):
-            x = torch.ops.aten.slice.Tensor(x, dim, k.start, k.stop, 1 if k.step is None else k.step)
-        elif isinstance(k, list):
-            x = x.index_select(dim, torch.tensor(k, device=x.device))
-        else:
-            raise NotImplementedError(f"indexing with {type(k).__name__}: write it as a function")
-        dim += 1
-    return x
+@contextmanager
+def _cuda_device_guard() -> Iterator[None]:
+    """Most methods of a tensor look up the guard of its device, of which torch's builds for CPUs have none for CUDA,
+    not even for fake tensors (builds for CUDA do, see ``FakeTensorMode.__enter__``). The meta device's does nothing."""
+    cuda, meta = (int(getattr(torch._C._autograd.DeviceType, name).value) for name in ("CUDA", "Meta"))
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
+    guards = (ctypes.c_void_p * (max(cuda, meta) + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    missing = guards[cuda] is None
+    if missing:
+        guards[cuda] = guards[meta]
+    try:
+        yield
+    finally:
+        if missing:
+            guards[cuda] = None

@@ -1,46 +1,91 @@
-"""``jambascope bench``: races against transformers, in one process, as ratios."""
+"""``jambascope bench``: races against transformers, TransformerLens, mambapy and mamba_ssm, as ratios."""
 
 from __future__ import annotations
 
-import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+LENGTHS = [64, 128, 512]
+FULL_LENGTHS = [64, 128, 512, 2048, 8192, 32768]
+D_MODELS = [128, 512]
+BUDGET, FULL_BUDGET = 10.0, 100.0
+WIDTH = 150
+"""Columns of the tables where nobody's terminal says how many there are."""
+
 
 def bench(
-    d_model: Annotated[list[int], typer.Option(help="Widths to race at; repeat the option for several.")] = [128, 512],
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per pass.")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs per side, interleaved; the median counts.")] = 7,
     race: Annotated[
-        list[str] | None, typer.Option(help="forward, training-step or generate. [default: all three]")
+        list[str] | None,
+        typer.Option(
+            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, or long "
+            "(contexts to 262,144; takes minutes); repeatable. [default: all but long]"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="Also write every timing to this file.")] = None,
+    d_model: Annotated[
+        list[int] | None, typer.Option(min=2, help="Width to race at; repeatable. [default: 128 and 512]")
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Tokens per sequence; repeatable. [default: 64, 128, 512]"),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Lengths up to 32,768, and the budget for them.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per pass.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median counts.")] = 7,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Seconds that all timed runs of one side at one size may take. [default: 10, with --full 100]",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option("--json", help="Write every measurement to this file.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
 ) -> None:
-    """Race forward, training step and generation against transformers' JambaForCausalLM on the same random weights."""
+    """Race against the peers that are installed, on the same random weights, in one process.
+
+    The sides of a race run in turns after a warm-up. A side that would take longer than --budget, or more memory than
+    there is, is left out and named. The default takes about ten minutes on two cores, --full hours.
+    """
     from rich.console import Console
-    from rich.table import Table
 
-    from jambascope.studies.bench.races import RACES, run_races
+    from jambascope.devices import parse_device
+    from jambascope.errors import ConfigError
+    from jambascope.studies.bench import models
+    from jambascope.studies.bench.progress import show_progress
+    from jambascope.studies.bench.race import Results, choose, run, settings
+    from jambascope.studies.bench.races import RACES
+    from jambascope.studies.bench.report import make_report, print_report, write_html, write_json
+    from jambascope.studies.bench.timing import clock_for
 
-    names = race or list(RACES)
+    if full and length:
+        raise ConfigError(f"--full names lengths {FULL_LENGTHS}; leave out --length or --full")
+    for width in d_model or []:
+        if width % 64 and width not in (2, 4, 8, 16, 32):
+            raise ConfigError(f"d_model={width} must be a multiple of 64, for heads of 32 (or 16 or 32)")
+    for path in (out, page):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: {path.parent} is not a directory; create it first")
+    where = parse_device(device)
+    lengths = length or (FULL_LENGTHS if full else LENGTHS)
+    seconds = budget or (FULL_BUDGET if full else BUDGET)
+    plan = list(settings(choose(race, RACES), d_model or D_MODELS, batch, lengths))
+    results, note = Results(), ""
+    with models.temporary_directory() as directory, show_progress(len(plan)) as progress:
+        models.quiet_libraries()
+        lab = models.Lab(where, Path(directory), tuple(length or ()))
+        try:
+            run(lab, clock_for(where), plan, repeats, seconds, progress, results)
+        except KeyboardInterrupt:
+            note = "Interrupted: what follows the last row was not measured."
+    report = make_report(results, RACES, where, shlex.join(["jambascope", *sys.argv[1:]]), note)
     console = Console()
-    table = Table("d_model", "race", "ours, ms", "transformers, ms", "ratio", "spread")
-    results = []
-    for width in d_model:
-        for result in run_races(width, batch, length, names, repeats, progress=Console(stderr=True).print):
-            results.append(result)
-            low, high = result["ratio_low"], result["ratio_high"]
-            table.add_row(
-                str(width),
-                result["race"],
-                f"{result['ours_ms']:.1f}",
-                f"{result['transformers_ms']:.1f}",
-                f"{result['ratio']:.1f}x",
-                f"{low:.1f}x to {high:.1f}x",
-            )
-    console.print(table)
+    print_report(report, RACES, console if console.is_terminal else Console(width=WIDTH))
     if out is not None:
-        out.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(report, out)
+    if page is not None:
+        write_html(report, RACES, page)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
+from transformers.models.mamba2 import modeling_mamba2
 
 from jambascope import HookedJamba
 from jambascope.hf_format import pieces
@@ -62,8 +64,8 @@ def randomize(model: torch.nn.Module, std: float, seed: int) -> None:
         if "norm" in name:
             p.copy_(1 + 0.3 * noise)
         elif name.endswith("A_log"):
-            p.copy_(torch.arange(1, p.shape[1] + 1).log() + 0.3 * noise)
-        elif name.endswith("dt_proj.bias"):
+            p.copy_(torch.arange(1, p.shape[-1] + 1).log() + 0.3 * noise)
+        elif name.endswith(("dt_proj.bias", "dt_bias")):
             p.copy_(noise - 1)
         elif name.endswith((".D", "conv1d.weight", "conv1d.bias")):
             p.copy_(0.5 * noise)
@@ -73,17 +75,23 @@ def randomize(model: torch.nn.Module, std: float, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def make_trio(tmp_path_factory):
-    """make_trio("jamba", seed, std, **config fields) -> Trio; ours is read from what transformers saved."""
+    """make_trio("jamba", seed, std, **config fields) -> Trio; ours is read from what transformers saved.
+
+    The truth of Mamba-2 is float64 only within ``float64_inside``: transformers rounds its scan to float32.
+    """
 
     def make(kind: str, seed: int = 0, std: float = 0.15, **fields) -> Trio:
         config_class, model_class = {
             "jamba": (transformers.JambaConfig, transformers.JambaForCausalLM),
             "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
+            "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM),
         }[kind]
         base = dict(vocab_size=61, pad_token_id=None, bos_token_id=1, eos_token_id=2)
         if kind == "jamba":
             base |= dict(hidden_size=32, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2)
             base |= dict(num_experts=4, mamba_d_state=16, mamba_dt_rank=5)
+        elif kind == "mamba2":
+            base |= dict(hidden_size=32, state_size=16, num_heads=8, head_dim=8, n_groups=2, chunk_size=16)
         else:
             base |= dict(hidden_size=32, state_size=16)
         config = config_class(**(base | fields))
@@ -99,6 +107,29 @@ def make_trio(tmp_path_factory):
         return Trio(truth.eval(), yardstick.eval(), HookedJamba.from_pretrained(directory))
 
     return make
+
+
+class _Float64Torch:
+    """The module ``torch`` for transformers' Mamba-2 code, with float64 under the name of float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def float64_inside(monkeypatch):
+    """``with float64_inside():`` what transformers' Mamba-2 rounds to float32 in between stays in float64."""
+
+    @contextmanager
+    def inside():
+        with monkeypatch.context() as m:
+            m.setattr(modeling_mamba2, "torch", _Float64Torch())
+            m.setattr(torch.Tensor, "float", torch.Tensor.double)
+            yield
+
+    return inside
 
 
 @pytest.fixture(scope="session")

@@ -14,17 +14,21 @@ FAMILIES = {
     "attention": ("jamba", dict(num_hidden_layers=2, attn_layer_period=1, attn_layer_offset=0)),
     "projection-bias": ("jamba", dict(num_hidden_layers=3, mamba_proj_bias=True)),
     "mamba": ("mamba", dict(num_hidden_layers=3)),
+    "mamba2": ("mamba2", dict(num_hidden_layers=3)),
 }
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "rotary"])
+OURS = {"rotary": dict(rotary=True), "mamba2-hybrid": dict(mixer="mamba2", mamba_d_head=8, mamba_n_groups=2)}
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *OURS])
 def model(request, make_trio):
-    if request.param != "rotary":
+    if request.param not in OURS:
         kind, fields = FAMILIES[request.param]
         return make_trio(kind, **fields).ours
     config = JambaConfig.jamba(
         n_layers=3, d_model=32, d_vocab=61, n_heads=4, n_key_value_heads=2, d_head=8, d_mlp=40, num_experts=4,
-        attn_layer_period=2, attn_layer_offset=1, rotary=True,
+        attn_layer_period=2, attn_layer_offset=1, **OURS[request.param],
     )  # fmt: skip
     torch.manual_seed(0)
     model = HookedJamba(config)

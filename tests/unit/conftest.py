@@ -26,6 +26,21 @@ def small_model(small_config) -> HookedJamba:
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def mamba2_config() -> JambaConfig:
+    """A hybrid of Mamba-2 and attention; 8 heads of 8 channels in 2 groups."""
+    fields = dict(mixer="mamba2", mamba_d_head=8, mamba_n_groups=2)
+    return JambaConfig.jamba(n_layers=3, attn_layer_period=3, attn_layer_offset=1, **fields, **SHAPE)
+
+
+@pytest.fixture(scope="session")
+def mamba2_model(mamba2_config) -> HookedJamba:
+    torch.manual_seed(0)
+    model = HookedJamba(mamba2_config)
+    initialize(model, std=0.2)
+    return model.eval()
+
+
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(3, 61, (2, 11), generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels.causal_conv import causal_conv1d, causal_conv1d_step, next_past
@@ -239,15 +238,15 @@ def test_without_bias_or_past(backend, triton_device):
     assert x.grad.isfinite().all()
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
-    """A forward pass on tensors of a GPU that hold no data."""
+def test_nothing_waits_for_the_device(monkeypatch, fake_cuda):
     monkeypatch.setattr("jambascope.kernels.causal_conv.can_launch", lambda x: True)
     monkeypatch.delattr("jambascope.kernels.causal_conv.reference.causal_conv1d")
-    with FakeTensorMode(), torch.device("cuda"):
-        x, weight, past = torch.empty(2, 9, 64)[..., :32], torch.empty(32, 4), torch.empty(2, 3, 32)
-        marks = dict(mask=torch.empty(2, 9, dtype=torch.bool), resets=torch.empty(2, 9, dtype=torch.bool))
+    with fake_cuda():
+        x, weight, past = (torch.empty(*shape, device="cuda") for shape in ((2, 9, 64), (32, 4), (2, 3, 32)))
+        marks = {name: torch.empty(2, 9, dtype=torch.bool, device="cuda") for name in ("mask", "resets")}
+        x = x[..., :32]
         out = causal_conv1d(x, weight, None, past, silu=True, **marks)
-        assert out.shape == (2, 9, 32) and out.is_contiguous()
+        assert out.shape == (2, 9, 32) and out.is_contiguous() and out.device.type == "cuda"
         assert next_past(x, past, **marks).shape == past.shape
         out, past = causal_conv1d_step(x[:, 0], weight, None, past)
         assert out.shape == (2, 32) and past.shape == (2, 3, 32)
@@ -269,3 +268,5 @@ def test_bad_arguments_are_named():
         causal_conv1d(**a | dict(x=a["x"][:, :0]))
     with pytest.raises(InputError, match="mask is torch.float32; give bool, True for tokens"):
         causal_conv1d(**a, mask=torch.ones(1, 3))
+    with pytest.raises(InputError, match=r"x and weight have shapes \(1, 3, 4\).* give \[B E\] and \[E K\]"):
+        causal_conv1d_step(**a)

@@ -18,6 +18,9 @@ APP = Path(session.__file__).with_name("app.py")
 SIZES = dict(d_model=16, d_vocab=20, d_inner=32, d_state=4, d_mlp=8, n_heads=2, n_key_value_heads=1, d_head=8)
 PURE = {
     "mamba": JambaConfig(mixers=("mamba",) * 2, feed_forwards=("none",) * 2, **SIZES),
+    "mamba2": JambaConfig(
+        mixers=("mamba2", "attention"), feed_forwards=("none", "moe"), num_experts=2, mamba_d_head=8, **SIZES
+    ),
     "attention": JambaConfig(mixers=("attention",) * 2, feed_forwards=("dense",) * 2, **SIZES),
     "one expert": JambaConfig(mixers=("mamba", "attention"), feed_forwards=("moe",) * 2, num_experts=1, **SIZES),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jambascope import JambaConfig
-from jambascope.studies.figures import anatomy, attention, predictions, routing, ssm, theme
+from jambascope.studies.figures import anatomy, attention, bench, predictions, routing, ssm, theme
 
 TOKENS = ["<bos>", "the", "plot", "was", "dull"]
 RNG = np.random.default_rng(0)
@@ -207,3 +207,33 @@ def test_loads_are_percentages_with_counts():
     assert np.array(fig.data[0].z).tolist() == [[75, 25]]
     assert "6 of 8 choices" in fig.data[0].text[0][0]
     assert "50 %" in fig.layout.title.subtitle.text
+
+
+RACE = [
+    bench.Point(side, width, length, 2.0 * length, 1.5 * length, 4.0 * length)
+    for side in ("jambascope", "peer", "products")
+    for width in (128, 512)
+    for length in (512, 64)
+]
+
+
+def test_costs_against_length_stand_on_logarithmic_axes_with_whiskers():
+    fig = bench.cost_against_length("Forward", "batch 4", RACE, bounds=["products"])
+    assert fig.layout.title.text == "Forward" and fig.layout.yaxis.title.text == "time (ms)"
+    assert {axis.type for axis in [*fig.select_xaxes(), *fig.select_yaxes()]} == {"log"}
+    assert [t.name for t in fig.data if t.showlegend] == ["jambascope", "peer", "products"]
+    first = fig.data[0]
+    assert first.x == (64, 512) and first.y == (128, 1024)
+    assert first.error_y.array == (128, 1024) and first.error_y.arrayminus == (32, 256)
+    looks = {t.name: (t.line.color, t.line.dash) for t in fig.data}
+    assert looks["products"] == (theme.GUIDE, "dash") and looks["jambascope"] == (theme.FIRST, "solid")
+    assert len(set(looks.values())) == 3
+    from_zero = bench.cost_against_length("Tokens", "", RACE, "us", log_cost=False)
+    assert from_zero.layout.yaxis.type is None and from_zero.layout.yaxis.rangemode == "tozero"
+
+
+def test_costs_without_length_are_bars():
+    fig = bench.costs("Loading", "", [p._replace(length=0) for p in RACE if p.length == 64], "GB")
+    assert [bar.name for bar in fig.data] == ["jambascope", "peer", "products"]
+    assert fig.data[0].y == ("d_model 128", "d_model 512") and fig.data[0].x == (128, 128)
+    assert fig.layout.xaxis.title.text == "GB" and fig.layout.paper_bgcolor == "rgba(0,0,0,0)"

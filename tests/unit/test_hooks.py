@@ -15,32 +15,37 @@ from jambascope.hook_table import HOOK_TABLE, hook_rows
 from jambascope.kernels import selective_scan as scan_module
 from jambascope.model import initialize
 
-NAMES = list(
-    hook_rows(
-        JambaConfig.jamba(
-            n_layers=4, d_model=32, d_vocab=61, d_mlp=24, num_experts=5, attn_layer_period=3, attn_layer_offset=1
-        )
-    )
-)
+LAYERS = dict(d_model=32, d_vocab=61, d_mlp=24, num_experts=5, attn_layer_period=3, attn_layer_offset=1)
+NAMES = list(hook_rows(JambaConfig.jamba(n_layers=4, **LAYERS)))
+MAMBA2_NAMES = list(hook_rows(JambaConfig.jamba(n_layers=3, mixer="mamba2", **LAYERS)))
+# Every point of a hybrid with Mamba, and those of the Mamba-2 mixers in another.
+POINTS = [pytest.param(name, "small_model", id=name) for name in NAMES]
+POINTS += [pytest.param(n, "mamba2_model", id="mamba2-" + n) for n in MAMBA2_NAMES if "mixer" in n]
 
 
-def test_the_model_has_exactly_the_points_of_the_table(small_model):
+@pytest.fixture
+def model(request) -> HookedJamba:
+    return request.getfixturevalue(request.param)
+
+
+def test_the_models_have_exactly_the_points_of_the_table(small_model, mamba2_model):
     assert set(small_model.hook_dict) == set(small_model.hook_rows) == set(NAMES)
-    assert {row for row in small_model.hook_rows.values()} == set(HOOK_TABLE)
+    assert set(mamba2_model.hook_dict) == set(mamba2_model.hook_rows) == set(MAMBA2_NAMES)
+    assert {*small_model.hook_rows.values(), *mamba2_model.hook_rows.values()} == set(HOOK_TABLE)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_point_is_read_with_the_shape_of_the_table(name, small_model, tokens):
-    plain = small_model(tokens)
-    logits, cache = small_model.run_with_cache(tokens, names_filter=name)
+@pytest.mark.parametrize(("name", "model"), POINTS, indirect=["model"])
+def test_every_point_is_read_with_the_shape_of_the_table(name, model, tokens):
+    plain = model(tokens)
+    logits, cache = model.run_with_cache(tokens, names_filter=name)
     assert list(cache) == [name]
-    assert tuple(cache[name].shape) == small_model.hook_rows[name].shape(small_model.config, *tokens.shape)
+    assert tuple(cache[name].shape) == model.hook_rows[name].shape(model.config, *tokens.shape)
     torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_edit_is_seen_from_its_position_on_and_not_before(name, small_model, tokens):
-    axes = small_model.hook_rows[name].axes
+@pytest.mark.parametrize(("name", "model"), POINTS, indirect=["model"])
+def test_an_edit_is_seen_from_its_position_on_and_not_before(name, model, tokens):
+    axes = model.hook_rows[name].axes
     position = 5
 
     def edit(value, hook):
@@ -50,20 +55,20 @@ def test_an_edit_is_seen_from_its_position_on_and_not_before(name, small_model, 
         if value.is_floating_point():
             value[tuple(index)] = value[tuple(index)] * 0.5 + 0.3
         else:
-            value[tuple(index)] = (value[tuple(index)] + 1) % small_model.config.num_experts
+            value[tuple(index)] = (value[tuple(index)] + 1) % model.config.num_experts
         return value
 
-    plain = small_model(tokens)
-    edited = small_model.run_with_hooks(tokens, fwd_hooks=[(name, edit)])
+    plain = model(tokens)
+    edited = model.run_with_hooks(tokens, fwd_hooks=[(name, edit)])
     torch.testing.assert_close(edited[:, :position], plain[:, :position], rtol=1e-4, atol=1e-5)
     assert (edited[:, position] - plain[:, position]).abs().max() > 1e-3
 
 
-IN_PLACE = [n for n in NAMES if not n.endswith("indices")]
+IN_PLACE = [point for point in POINTS if not point.id.endswith("indices")]
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_edits_in_place_equal_edits_of_a_copy(name, small_model, tokens):
+@pytest.mark.parametrize(("name", "model"), IN_PLACE, indirect=["model"])
+def test_edits_in_place_equal_edits_of_a_copy(name, model, tokens):
     """Also with gradients on, which is how many a notebook runs."""
 
     def edit(value, hook, in_place):
@@ -71,16 +76,16 @@ def test_edits_in_place_equal_edits_of_a_copy(name, small_model, tokens):
         value[0] = value[0] * 0.5
         return value
 
-    copied = small_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda v, hook: edit(v, hook, False))])
-    changed = small_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda v, hook: edit(v, hook, True))])
+    copied = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda v, hook: edit(v, hook, False))])
+    changed = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda v, hook: edit(v, hook, True))])
     torch.testing.assert_close(changed, copied, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_hook_that_returns_its_input_changes_nothing(name, small_model, tokens):
-    looked = small_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: None)])
-    returned = small_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: value)])
-    copied = small_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: value.clone())])
+@pytest.mark.parametrize(("name", "model"), POINTS, indirect=["model"])
+def test_a_hook_that_returns_its_input_changes_nothing(name, model, tokens):
+    looked = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: None)])
+    returned = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: value)])
+    copied = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: value.clone())])
     assert torch.equal(looked, returned)
     torch.testing.assert_close(copied, looked, rtol=1e-5, atol=1e-6)
 

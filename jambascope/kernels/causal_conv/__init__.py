@@ -54,7 +54,7 @@ def causal_conv1d(
         ConfigError: an unknown backend, or one that cannot take these tensors.
         InputError: shapes that do not fit, or a mask or resets that are not bool.
     """
-    _check_shapes(x, weight, bias, past, mask, resets)
+    _check_shapes(x, "[B T E]", weight, bias, past, mask, resets)
     tables = neighbours(mask, resets, weight.shape[1])
     return _chosen(backend, x, weight).causal_conv1d(x, weight, bias, past, silu, tables)
 
@@ -72,7 +72,7 @@ def causal_conv1d_step(
 
     Raises as :func:`causal_conv1d` does. Where a gradient is wanted it runs as ``reference``.
     """
-    _check_shapes(x[:, None], weight, bias, past, None, None)
+    _check_shapes(x, "[B E]", weight, bias, past)
     chosen = _chosen(backend, x, weight)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, past)):
         chosen = reference
@@ -99,21 +99,25 @@ def _chosen(backend: str, x: torch.Tensor, weight: torch.Tensor):
     return _BACKENDS[backend]
 
 
-def _check_shapes(x, weight, bias, past, mask, resets) -> None:
-    if x.ndim != 3 or weight.ndim != 2 or 0 in weight.shape:
-        raise InputError(f"x and weight have shapes {tuple(x.shape)} and {tuple(weight.shape)}; give [B T E] and [E K]")
-    (batch, length, channels), width = x.shape, weight.shape[1]
-    if length == 0:
+def _check_shapes(x, axes, weight, bias, past, mask=None, resets=None) -> None:
+    if x.ndim != axes.count(" ") + 1 or weight.ndim != 2 or 0 in weight.shape:
+        raise InputError(f"x and weight have shapes {tuple(x.shape)} and {tuple(weight.shape)}; give {axes} and [E K]")
+    positions, channels, width = x.shape[:-1], x.shape[-1], weight.shape[1]
+    if 0 in positions[1:]:
         raise InputError("x has no positions (shape [B 0 E]); a convolution needs at least one")
-    expected = {
-        "weight": (weight, (channels, width)),
-        "bias": (bias, (channels,)),
-        "past": (past, (batch, width - 1, channels)),
-        "mask": (mask, (batch, length)),
-        "resets": (resets, (batch, length)),
-    }
-    for name, (value, shape) in expected.items():
-        if value is not None and tuple(value.shape) != shape:
-            raise InputError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} it must be {shape}")
-        if name in ("mask", "resets") and value is not None and value.dtype != torch.bool:
+    expected = (
+        ("weight", weight, (channels, width)),
+        ("bias", bias, (channels,)),
+        ("past", past, (x.shape[0], width - 1, channels)),
+        ("mask", mask, positions),
+        ("resets", resets, positions),
+    )
+    for name, value, shape in expected:
+        if value is None:
+            continue
+        if value.shape != shape:
+            raise InputError(
+                f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} it must be {tuple(shape)}"
+            )
+        if name in ("mask", "resets") and value.dtype != torch.bool:
             raise InputError(f"{name} is {value.dtype}; give bool, True for {'tokens' if name == 'mask' else 'starts'}")

@@ -1,4 +1,4 @@
-"""The CPU backend: one pass over the inputs forward, two backward; autograd and shapes around the numba loops."""
+"""The CPU backend: one pass over the inputs each way; autograd and shapes around the numba loops."""
 
 from __future__ import annotations
 
@@ -40,17 +40,19 @@ def step(
     """See :func:`jambascope.kernels.causal_conv.causal_conv1d_step`; no gradients."""
     from jambascope.kernels.causal_conv import cpu_kernels as k
 
-    rows, weight, bias, past_rows = _prepared(x[:, None], weight, bias, past)
-    channels, width = weight.shape
-    out, new_past = torch.empty(len(x), channels), torch.empty(past_rows.shape)
+    rows, weight, bias, past_rows = _prepared(x, weight, bias, past)
+    (batch, channels), width = rows.shape, weight.shape[1]
+    out, new_past = torch.empty_strided((batch, channels), (channels, 1)), torch.empty_like(past_rows)
     announce_first_compile(k.step)
     k.step(
-        len(x), channels, rows.data_ptr(), rows.stride(0), past_rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+        batch, channels, rows.data_ptr(), rows.stride(0), past_rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
         _taps(width), silu, out.data_ptr(), new_past.data_ptr(),
     )  # fmt: skip
     if channels != x.shape[1]:
         out, new_past = out[:, : x.shape[1]], new_past[..., : x.shape[1]]
-    return out.to(x.dtype), new_past.to(past.dtype)
+    if (x.dtype, past.dtype) != (torch.float32, torch.float32):
+        out, new_past = out.to(x.dtype), new_past.to(past.dtype)
+    return out, new_past
 
 
 @cache
@@ -62,15 +64,15 @@ def _prepared(x, weight, bias, past) -> tuple[torch.Tensor, ...]:
     """Float32 with at least LANES channels; contiguous, but for x of which only neighbouring channels need be."""
     from jambascope.kernels.vectors import LANES
 
-    (batch, _, channels), width = x.shape, weight.shape[1]
+    channels, width = weight.shape
     bias = weight.new_zeros(channels) if bias is None else bias
-    past = x.new_zeros(batch, width - 1, channels) if past is None else past
+    past = x.new_zeros(x.shape[0], width - 1, channels) if past is None else past
     x, weight, bias, past = x.float(), weight.float(), bias.float(), past.float()
     missing = LANES - channels
     if missing > 0:
         x, bias, past = (F.pad(v, (0, missing)) for v in (x, bias, past))
         weight = F.pad(weight, (0, 0, 0, missing))
-    if x.stride(2) != 1:
+    if x.stride(-1) != 1:
         x = x.contiguous()
     return x, weight.contiguous(), bias.contiguous(), past.contiguous()
 
@@ -110,29 +112,27 @@ class _Conv(torch.autograd.Function):
 
         x, weight, bias, past = ctx.saved_tensors
         (batch, length, channels), width = x.shape, weight.shape[1]
-        source, target = (_NO_TABLE, _NO_TABLE) if ctx.tables is None else (v.numpy() for v in ctx.tables)
         dout = dout.contiguous()
-        through, grad_x = torch.empty(2, batch, length, channels)
-        grad_past = torch.empty(batch, width - 1, channels)
-        items = batch * -(-length // k.CHUNK)
-        grad_weight, grad_bias = torch.empty(items, width, channels), torch.empty(items, channels)
-        inputs, taps, serial = _addresses(x, weight, bias, past), _taps(width), x.numel() < SERIAL_BELOW
-        sums = [v.data_ptr() for v in (dout, through, grad_weight, grad_bias)]
-        announce_first_compile(k.backward_weights)
-        run_items(
-            lambda start, stop: k.backward_weights(
-                start, stop, length, channels, *inputs, source, taps, ctx.silu, *sums
-            ),
-            items,
-            serial,
-        )
-        into = [v.data_ptr() for v in (through, grad_x, grad_past)]
-        announce_first_compile(k.backward_inputs)
-        run_items(
-            lambda start, stop: k.backward_inputs(
-                start, stop, length, channels, weight.data_ptr(), target, taps, *into
-            ),
-            batch * -(-(width - 1 + length) // k.CHUNK),
-            serial,
-        )
+        grad_x, grad_past = torch.empty(batch, length, channels), torch.empty(batch, width - 1, channels)
+        own = batch * -(-length // k.CHUNK)  # work items that own positions, and that own inputs
+        items = batch * -(-(width - 1 + length) // k.CHUNK)
+        sums = items if ctx.tables is None else own
+        grad_weight, grad_bias = torch.empty(sums, width, channels), torch.empty(sums, channels)
+        inputs = (length, channels, *_addresses(x, weight, bias, past), _taps(width), ctx.silu, dout.data_ptr())
+        by_input, by_sum = ([v.data_ptr() for v in pair] for pair in ((grad_x, grad_past), (grad_weight, grad_bias)))
+        serial = x.numel() < SERIAL_BELOW
+        if ctx.tables is None:
+            announce_first_compile(k.backward)
+            run_items(lambda start, stop: k.backward(start, stop, *inputs, *by_input, *by_sum), items, serial)
+        else:
+            source, target = (v.numpy() for v in ctx.tables)
+            through = torch.empty(batch, length, channels)
+            address = through.data_ptr()
+            announce_first_compile(k.backward_weights)
+            run_items(
+                lambda start, stop: k.backward_weights(start, stop, *inputs, *by_sum, source, address), own, serial
+            )
+            scatter = (length, channels, weight.data_ptr(), target, _taps(width), address, *by_input)
+            announce_first_compile(k.backward_inputs)
+            run_items(lambda start, stop: k.backward_inputs(start, stop, *scatter), items, serial)
         return grad_x, grad_weight.sum(0).T, grad_bias.sum(0), grad_past, None, None

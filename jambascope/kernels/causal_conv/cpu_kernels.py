@@ -94,13 +94,85 @@ def forward(start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, ta
                 store(out, (b * T + t) * E + e, v)
 
 
+@njit(inline="always")
+def _before_silu(g, weights, window, offset, silu):
+    """The gradient g of an output, taken back through SiLU."""
+    if silu:
+        v = _dot(weights, window, offset)
+        s = sigmoid(v)
+        g = g * (s * (v * (np.float32(1.0) - s) + np.float32(1.0)))
+    return g
+
+
+@njit(nogil=True, cache=True)
+def backward(
+    start,
+    stop,
+    T,
+    E,
+    x,
+    x_batch,
+    x_row,
+    past,
+    weight,
+    bias,
+    taps,
+    silu,
+    dout,
+    grad_x,
+    grad_past,
+    grad_weight,
+    grad_bias,
+):
+    """All gradients in one pass, where there are no tables; a work item is CHUNK of a row's K - 1 + T inputs.
+
+    grad_x [B T E]; grad_past [B K-1 E]; grad_weight [items K E] and grad_bias [items E] are per item. An item computes
+    the K - 1 positions before its first once more, whose inputs it does not own.
+    """
+    K = len(taps)
+    P = K - 1
+    zero = splat(np.float32(0.0))
+    chunks = -(-(P + T) // CHUNK)
+    for item in range(start, stop):
+        b, first = item // chunks, item % chunks * CHUNK
+        begin = max(first - P, 0)
+        for block in range(-(-E // LANES)):
+            e = min(block * LANES, E - LANES)
+            weights = _weights(weight, e, taps)
+            offset = load(bias, e)
+            window = repeat(zero, taps)
+            for k in range(1, K):
+                window = tuple_setitem(window, k, _input(x, x_batch, x_row, past, b, begin - 1 + k, e, E, K))
+            sums, sum_bias = repeat(zero, taps), zero
+            latest = repeat(zero, taps)
+            for t in range(begin, min(first + CHUNK, P + T)):
+                g = zero
+                if t < T:
+                    window = window[1:] + (load(x, b * x_batch + t * x_row + e),)
+                    g = _before_silu(load(dout, (b * T + t) * E + e), weights, window, offset, silu)
+                latest = (g,) + latest[:-1]
+                if t < first:
+                    continue
+                sum_bias = sum_bias + g
+                for k in range(K):
+                    sums = tuple_setitem(sums, k, sums[k] + g * window[k])
+                v = _dot(weights, latest, zero)
+                if t < P:
+                    store(grad_past, (b * P + t) * E + e, v)
+                else:
+                    store(grad_x, (b * T + t - P) * E + e, v)
+            store(grad_bias, item * E + e, sum_bias)
+            for k in range(K):
+                store(grad_weight, (item * K + k) * E + e, sums[k])
+
+
 @njit(nogil=True, cache=True)
 def backward_weights(
-    start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, taps, silu, dout, through, grad_weight, grad_bias
+    start, stop, T, E, x, x_batch, x_row, past, weight, bias, taps, silu, dout, grad_weight, grad_bias, source, through
 ):
-    """``through`` [B T E]: the gradient before SiLU; grad_weight [items K E] and grad_bias [items E] are per item."""
+    """With tables, first: ``through`` [B T E], the gradient before SiLU, and its sums per work item, as in forward."""
     K = len(taps)
-    zero, one = splat(np.float32(0.0)), np.float32(1.0)
+    zero = splat(np.float32(0.0))
     chunks = -(-T // CHUNK)
     for item in range(start, stop):
         b, first = item // chunks, item % chunks * CHUNK
@@ -109,21 +181,13 @@ def backward_weights(
             weights = _weights(weight, e, taps)
             offset = load(bias, e)
             window = repeat(zero, taps)
-            sums = repeat(zero, taps)
-            sum_bias = zero
-            if source.size == 0:
-                for k in range(1, K):
-                    window = tuple_setitem(window, k, _input(x, x_batch, x_row, past, b, first - 1 + k, e, E, K))
+            sums, sum_bias = repeat(zero, taps), zero
             for t in range(first, min(first + CHUNK, T)):
-                if source.size and source[b, t, K - 1] < 0:
+                if source[b, t, K - 1] < 0:
                     store(through, (b * T + t) * E + e, zero)
                     continue
                 window = _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps)
-                g = load(dout, (b * T + t) * E + e)
-                if silu:
-                    v = _dot(weights, window, offset)
-                    s = sigmoid(v)
-                    g = g * (s * (v * (one - s) + one))
+                g = _before_silu(load(dout, (b * T + t) * E + e), weights, window, offset, silu)
                 store(through, (b * T + t) * E + e, g)
                 sum_bias = sum_bias + g
                 for k in range(K):
@@ -135,7 +199,7 @@ def backward_weights(
 
 @njit(nogil=True, cache=True)
 def backward_inputs(start, stop, T, E, weight, target, taps, through, grad_x, grad_past):
-    """grad_x [B T E] and grad_past [B K-1 E]; a work item is CHUNK of a row's K - 1 + T inputs."""
+    """With tables, then: the inputs' gradients; a work item is CHUNK of a row's K - 1 + T inputs."""
     K = len(taps)
     P = K - 1
     zero = splat(np.float32(0.0))
@@ -145,24 +209,16 @@ def backward_inputs(start, stop, T, E, weight, target, taps, through, grad_x, gr
         for block in range(-(-E // LANES)):
             e = min(block * LANES, E - LANES)
             weights = _weights(weight, e, taps)
-            window = repeat(zero, taps)
-            if target.size == 0:
-                for k in range(K - 1):
-                    if 0 <= first - 1 - k < T:
-                        window = tuple_setitem(window, k, load(through, (b * T + first - 1 - k) * E + e))
             for j in range(first, min(first + CHUNK, P + T)):
-                if target.size == 0:
-                    newest = load(through, (b * T + j) * E + e) if j < T else zero
-                    window = (newest,) + window[:-1]
-                else:
-                    for k in range(K):
-                        t = target[b, j, k]
-                        window = tuple_setitem(window, k, load(through, (b * T + t) * E + e) if t >= 0 else zero)
-                g = _dot(weights, window, zero)
+                v = zero
+                for k in range(K):
+                    t = target[b, j, k]
+                    if t >= 0:
+                        v = v + weights[k] * load(through, (b * T + t) * E + e)
                 if j < P:
-                    store(grad_past, (b * P + j) * E + e, g)
+                    store(grad_past, (b * P + j) * E + e, v)
                 else:
-                    store(grad_x, (b * T + j - P) * E + e, g)
+                    store(grad_x, (b * T + j - P) * E + e, v)
 
 
 @njit(nogil=True, cache=True)

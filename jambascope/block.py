@@ -1,0 +1,83 @@
+"""One layer: a mixer, a feed-forward, and the residual stream between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from jambascope.attention import Attention
+from jambascope.config import JambaConfig
+from jambascope.hook_point import HookPoint
+from jambascope.mamba import MambaMixer
+from jambascope.mamba2 import Mamba2Mixer
+from jambascope.mlp import DenseMLP
+from jambascope.moe import MoE
+from jambascope.norms import RMSNorm
+from jambascope.state import MambaState, Run
+
+
+class Block(nn.Module):
+    """``x += mixer(ln1(x)); x += feed_forward(ln2(x))``; the second half is absent in pure Mamba."""
+
+    def __init__(self, config: JambaConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.hook_resid_pre = HookPoint()  # [B T D]
+        self.ln1 = RMSNorm(config.d_model, config.eps)
+        if config.mixers[layer] == "attention":
+            self.attn = Attention(config, layer)
+            self.hook_attn_out = HookPoint()  # [B T D]
+        else:
+            self.mixer = (Mamba2Mixer if config.mixers[layer] == "mamba2" else MambaMixer)(config, layer)
+            self.hook_mixer_out = HookPoint()  # [B T D]
+        self.is_attention = config.mixers[layer] == "attention"
+        self.has_feed_forward = config.feed_forwards[layer] != "none"
+        if self.has_feed_forward:
+            self.hook_resid_mid = HookPoint()  # [B T D]
+            self.ln2 = RMSNorm(config.d_model, config.eps)
+            self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
+            self.hook_mlp_out = HookPoint()  # [B T D]
+        self.hook_resid_post = HookPoint()  # [B T D]
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """[B T D] -> [B T D]; where the run says so, in pieces and into x itself."""
+        if run.piece_length is not None:
+            return self._forward_in_pieces(x, run)
+        x = self.hook_resid_pre(x)
+        if self.is_attention:
+            out = self.hook_attn_out(self.attn(self.ln1(x), run))
+        else:
+            out = self.hook_mixer_out(self.mixer(self.ln1(x), run))
+        _note_activation(run, out)
+        x = x + out
+        if self.has_feed_forward:
+            x = self.hook_resid_mid(x)
+            out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
+            _note_activation(run, out)
+            x = x + out
+        return self.hook_resid_post(x)
+
+
+    def _forward_in_pieces(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """The same for a long sequence that nobody listens to: what lies between is small and stays in cache."""
+        memory = None
+        if self.is_attention:
+            x += self.attn(self.ln1(x), run)
+        else:
+            memory = run.mamba_state(self.layer)
+            if memory is None:
+                memory = MambaState.create(self.config, self.config.mixers[self.layer], len(x), x.device, x.dtype)
+        for positions, part in run.pieces(self.layer, memory):
+            piece = x[:, positions]
+            if not self.is_attention:
+                piece += self.mixer(self.ln1(piece), part)
+            if self.has_feed_forward:
+                piece += self.mlp(self.ln2(piece), part)
+        return x
+
+
+def _note_activation(run: Run, out: torch.Tensor) -> None:
+    if run.auxiliary is not None:
+        squares = out.float().square().mean(-1)
+        mean = squares.mean() if run.mask is None else (squares * run.mask).sum() / run.mask.sum()
+        run.auxiliary.squared_activations.append(mean)

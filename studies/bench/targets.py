@@ -1,0 +1,150 @@
+"""The figures that this project set itself, and what a run says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jambascope.studies.bench.kernel_races import COPY, EXP, EXP_INTO, EXP_REGISTERS, scan_sizes
+from jambascope.studies.bench.memory_races import PEAK
+from jambascope.studies.bench.model_races import BRIDGE, NO_HOOKS, ONE_HOOK, TRANSFORMERS
+from jambascope.studies.bench.products import PRODUCTS
+from jambascope.studies.bench.race import OURS, Race, Setting, Skip, Summary
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach: what is compared, where, and how far."""
+
+    text: str
+    race: str
+    side: str
+    """The peer or bound, whose time over the baseline's is the ratio."""
+    d_model: int
+    lengths: tuple[int, ...]
+    """Where it is read: the first of these that was measured."""
+    kind: Literal["times faster", "times the bound", "overhead"]
+    bound: float
+    batch: int = 4
+
+
+# The lengths of the training step: theirs costs T squared, and is left out where it exceeds the budget.
+TARGETS = (
+    Target("scan, 256 channels, N 16: at least 40x transformers", "scan", "transformers", 128, (512,),
+           "times faster", 40),
+    Target("scan, 256 channels, N 16: at least 60x mambapy", "scan", "mambapy", 128, (512,), "times faster", 60),
+    Target("scan, 256 channels, N 16: at most 0.35 of torch.exp", "scan", EXP, 128, (512,), "times the bound", 0.35),
+    Target("scan forward and backward: at least 25x transformers", "scan-backward", "transformers", 128,
+           (512, 128, 64), "times faster", 25),
+    Target("forward, d_model 128: at least 8x transformers", "prefill", TRANSFORMERS, 128, (512,), "times faster", 8),
+    Target("forward, d_model 128: at most 1.6 of its matrix products alone", "prefill", PRODUCTS, 128, (512,),
+           "times the bound", 1.6),
+    Target("forward, d_model 512: at most 1.35 of its matrix products alone", "prefill", PRODUCTS, 512, (512,),
+           "times the bound", 1.35),
+    Target("default cache: at least 7x the TransformerLens bridge", "cache", BRIDGE, 128, (512,), "times faster", 7),
+    Target("no hooks: overhead at most 2%", "hooks", NO_HOOKS, 128, (512,), "overhead", 0.02),
+    Target("one residual hook: overhead at most 5%", "hooks", ONE_HOOK, 128, (512,), "overhead", 0.05),
+    Target("generation, d_model 128: at least 5x transformers", "generate", TRANSFORMERS, 128, (64,),
+           "times faster", 5, batch=1),
+    Target("training step, d_model 128: at least 8x transformers", "training-step", TRANSFORMERS, 128,
+           (512, 128, 64), "times faster", 8),
+    Target("experts, d_model 512, T 128: at least 1.8x transformers' grouped", "experts", "transformers grouped", 512,
+           (128,), "times faster", 1.8),
+)  # fmt: skip
+FLATNESS, LONGEST = 0.10, 262_144
+LONG_PASS_GB = 8.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target and what was measured; ``reached`` is None where nothing was."""
+
+    text: str
+    where: str
+    measured: str
+    reached: bool | None
+
+
+def judge(summaries: Sequence[Summary], skips: Sequence[Skip], device: str) -> list[Verdict]:
+    """Every target against this run. They are stated for a CPU; on another device there are none."""
+    if device != "cpu":
+        return []
+    return [*(_judge(t, summaries, skips) for t in TARGETS), _flatness(summaries), _long_pass(summaries)]
+
+
+def _judge(target: Target, summaries: Sequence[Summary], skips: Sequence[Skip]) -> Verdict:
+    for length in target.lengths:
+        at = (target.race, target.side, target.d_model, target.batch, length)
+        where = f"batch {target.batch} x {length:,}"
+        for s in summaries:
+            if (s.race, s.side, s.d_model, s.batch, s.length) == at and s.ratio is not None:
+                measured, reached = _measure(target, s)
+                return Verdict(target.text, where, measured, reached)
+    why = [s.reason for s in skips if (s.race, s.side, s.d_model, s.batch) == at[:4] and s.length in target.lengths]
+    where = f"batch {target.batch} x {target.lengths[0]:,}"
+    missing = why[0] if why else f"run --race {target.race} --d-model {target.d_model}"
+    return Verdict(target.text, where, missing, None)
+
+
+def _measure(target: Target, s: Summary) -> tuple[str, bool]:
+    spread = s.ratio, s.ratio_low, s.ratio_high
+    if target.kind == "times faster":
+        return "{:.3g}x ({:.3g} to {:.3g})".format(*spread), s.ratio >= target.bound
+    if target.kind == "times the bound":
+        inverse = [1 / r for r in spread]
+        return f"{inverse[0]:.3g} ({inverse[2]:.3g} to {inverse[1]:.3g})", inverse[0] <= target.bound
+    percent = [100 * (r - 1) for r in spread]
+    return "{:+.1f}% ({:+.1f}% to {:+.1f}%)".format(*percent), s.ratio - 1 <= target.bound
+
+
+def _flatness(summaries: Sequence[Summary]) -> Verdict:
+    text = "time per token constant within 10% from T 1,024 to 262,144 (pure Mamba)"
+    found = {s.length: s for s in summaries if s.quantity == "us per token" and s.d_model == 128}
+    where = "d_model 128, batch 1"
+    if not {1024, LONGEST} <= set(found):
+        return Verdict(text, where, "run --race long --d-model 128", None)
+    medians = {length: s.median for length, s in found.items() if 1024 <= length <= LONGEST}
+    shift = max(abs(m / medians[1024] - 1) for m in medians.values())
+    each = ", ".join(f"{length:,}: {m:.3g}" for length, m in sorted(medians.items()))
+    return Verdict(text, where, f"{100 * shift:.0f}% at most (us per token at {each})", shift <= FLATNESS)
+
+
+def _long_pass(summaries: Sequence[Summary]) -> Verdict:
+    text = "262,144-token pass of the packaged hybrid: less than 8 GB"
+    for s in summaries:
+        if s.race == "long" and s.quantity == PEAK and f"{LONGEST:,}" in s.side:
+            return Verdict(text, "batch 1", f"{s.median:.2f} GB at its peak, whole process", s.median < LONG_PASS_GB)
+    return Verdict(text, "batch 1", "run --race long", None)
+
+
+def against_bounds(summaries: Sequence[Summary]) -> list[str]:
+    """How far the scan is from the memory and the exponentials of this machine, and the forward from its products."""
+    by_size: dict[tuple, dict[str, Summary]] = {}
+    for s in summaries:
+        if s.quantity == "ms":
+            by_size.setdefault((s.race, s.d_model, s.batch, s.length), {})[s.side] = s
+    lines = []
+    for (race, d_model, batch, length), sides in by_size.items():
+        where = f"d_model {d_model}, batch {batch} x {length:,}"
+        if OURS not in sides:
+            continue
+        if race in ("prefill", "experts") and PRODUCTS in sides:
+            outside = 1 - sides[PRODUCTS].ratio
+            lines.append(f"{race}, {where}: {100 * outside:.0f}% of the time is spent outside its matrix products")
+        if race == "scan" and COPY in sides:
+            count, moved = scan_sizes(Setting(d_model, batch, length))
+            exp = EXP_REGISTERS if EXP_REGISTERS in sides else EXP_INTO
+            line = f"scan, {where}: {1e-6 * moved / sides[OURS].median:.3g} GB/s, {sides[COPY].ratio:.1%} of a copy's"
+            if exp in sides:
+                rate = 1e-6 * count / sides[OURS].median
+                line += f"; {rate:.3g} G exponentials/s, {sides[exp].ratio:.1%} of {exp}'s"
+            lines.append(line)
+    return lines
+
+
+def ratio_text(s: Summary, race: Race) -> str:
+    """A side's ratio as a table shows it, with its spread."""
+    if s.ratio is None or s.side == race.baseline:
+        return ""
+    return f"{s.ratio:.3g}x ({s.ratio_low:.3g} to {s.ratio_high:.3g})"
