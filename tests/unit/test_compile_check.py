@@ -23,9 +23,11 @@ def test_no_configuration_spills(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     usages = json.loads(table.read_text())
+    operations = {u["name"].split("/")[0] for u in usages}
+    assert "causal_conv" in operations and operations <= set(compile_check.OPERATIONS)
     for target in compile_check.SHARED_MEMORY:
         found = [u for u in usages if u["target"] == target]
-        assert {u["name"].split("/")[0] for u in found} == set(compile_check.OPERATIONS)
+        assert {u["name"].split("/")[0] for u in found} == operations
         assert all(u["registers"] > 0 and u["fault"] is None for u in found)
 
 
