@@ -55,6 +55,8 @@ class CompileCase:
     num_stages: int = 2
     multiples_of_16: tuple[str, ...] = ()
     """Scalars that a launch would find divisible by 16; pointers always are (as torch allocates them)."""
+    targets: tuple[str, ...] | None = None
+    """Where this configuration is launched, if not everywhere: block sizes may follow the width of a warp."""
 
 
 OPERATIONS = ("selective_scan", "causal_conv", "experts")
@@ -187,7 +189,7 @@ def _work(name: str, target: str) -> Usage:
 def check(targets: Sequence[str] = tuple(SHARED_MEMORY)) -> list[Usage]:
     """Compile every case for every target, in one forked process per core, and away from Triton's cache."""
     _cases.update(all_cases())
-    jobs = [(name, target) for name in _cases for target in targets]
+    jobs = [(n, t) for n, case in _cases.items() for t in targets if case.targets is None or t in case.targets]
     fork = multiprocessing.get_context("fork")
     with (
         tempfile.TemporaryDirectory() as cache,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,22 @@ def run_items(loop: Callable[[int, int], None], items: int, serial: bool = False
         _run_in_pool(work, threads)
     else:
         _run_in_openmp(openmp, work, threads)
+
+
+def run_compiled(task: Any, arguments: ctypes.Array, threads: int) -> None:
+    """Call a numba ``cfunc`` ``task(arguments)`` on that many threads at once, without Python in any of them.
+
+    The task shares out its work itself, by an atomic counter among its arguments. Some microseconds a call.
+    """
+    address = ctypes.addressof(arguments)
+    if threads <= 1:
+        task.ctypes(address)
+        return
+    openmp = _torch_openmp()
+    if openmp is None:
+        _run_in_pool(lambda: task.ctypes(address), threads)
+    else:
+        openmp.GOMP_parallel(ctypes.c_void_p(task.address), ctypes.c_void_p(address), threads, 0)
 
 
 @cache

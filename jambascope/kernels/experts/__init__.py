@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from jambascope.kernels import triton_runtime
 from jambascope.kernels.experts import cpu, reference, triton
 from jambascope.kernels.experts.int8 import ExpertsInt8
 
-__all__ = ["ExpertsInt8", "experts"]
+__all__ = ["Cost", "ExpertsInt8", "cost", "experts"]
 
 _BACKENDS = {"reference": reference.experts, "cpu": cpu.experts, "triton": triton.experts}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,3 +57,27 @@ def experts(
     if not fits[backend]:
         raise ConfigError(f"backend={backend!r} does not take {x.dtype} on {x.device} here; use 'auto'")
     return _BACKENDS[backend](x, indices, weights, gate_up, down, addends)
+
+
+class Cost(NamedTuple):
+    """What the experts of one layer cost at least."""
+
+    operations: int
+    """Floating-point operations of the products, a multiplication and an addition counted as two."""
+    bytes: int
+    """Read and written once: the experts used, x and the output."""
+
+
+def cost(
+    tokens: int,
+    slots: int,
+    experts_used: int,
+    d_model: int,
+    d_mlp: int,
+    weight_bytes: int = 4,
+    activation_bytes: int = 4,
+) -> Cost:
+    """The bound of a forward pass; ``weight_bytes`` 1 is ExpertsInt8, whose float32 scales are counted with it."""
+    scales = 4 * experts_used * (2 * d_mlp + d_model) if weight_bytes == 1 else 0
+    weights = experts_used * 3 * d_model * d_mlp * weight_bytes + scales
+    return Cost(6 * tokens * slots * d_model * d_mlp, weights + 2 * tokens * d_model * activation_bytes)

@@ -8,6 +8,7 @@ fresh page costs microseconds.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import NamedTuple
 
@@ -17,11 +18,16 @@ import torch
 from jambascope.errors import InputError
 from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.experts.int8 import ExpertsInt8
-from jambascope.kernels.threads import run_items
+from jambascope.kernels.threads import CUTS_PER_THREAD, run_compiled, run_items
 
 ROWS = 128
 """Pairs to a task: enough that a product runs at full rate, few enough that its rows stay in L2."""
 BLOCK_TOKENS = 2048
+FEW_PAIRS = 16
+"""Pairs up to which experts are read row by row (``cpu_vectors``) instead of multiplied."""
+SERIAL_BELOW = 16_384
+"""Weights of an expert, times pairs, below which waking another thread costs more than it saves."""
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 SLICE = 1 << 18
 """Weights widened to float32 at a time, where they are stored in another type."""
 KEPT_BYTES = 32 << 20
@@ -129,7 +135,41 @@ def experts(
     inputs = (x, weights, gate_up_.values, down_.values)
     if torch.is_grad_enabled() and any(v.requires_grad for v in inputs):
         return _Experts.apply(*inputs, gate_up_.scale, down_.scale, indices, addends)
+    if indices.numel() <= FEW_PAIRS:
+        return _few(x, indices, weights, gate_up_, down_, addends)
     return _forward(x, indices, weights, gate_up_, down_, addends, None)
+
+
+def _few(
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: _Weight, down: _Weight, addends: bool
+) -> torch.Tensor:
+    """One token or a few: no sort, no Python between the rows, each chosen expert read once for every pair."""
+    from jambascope.kernels.experts import cpu_vectors as k
+
+    (tokens, d_model), slots, (n_experts, _, d_mlp) = x.shape, indices.shape[1], down.values.shape
+    x32, weights32 = x.to(torch.float32).contiguous(), weights.to(torch.float32).contiguous()
+    indices, gate_up_values, down_values = indices.contiguous(), gate_up.values.contiguous(), down.values.contiguous()
+    out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model))
+    act = torch.empty(tokens * slots, d_mlp)
+    threads = 1 if tokens * slots * d_mlp * d_model < SERIAL_BELOW else torch.get_num_threads()
+    parts = 1 if threads == 1 else CUTS_PER_THREAD * threads
+    block = (ctypes.c_int64 * len(k.FIELDS))(
+        0, 0, parts, tokens, slots, n_experts, d_model, d_mlp, addends, _KINDS[down_values.dtype],
+        x32.data_ptr(), indices.data_ptr(), weights32.data_ptr(),
+        gate_up_values.data_ptr(), 0 if gate_up.scale is None else gate_up.scale.data_ptr(),
+        down_values.data_ptr(), 0 if down.scale is None else down.scale.data_ptr(), act.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    run_compiled(k.gate_up_vectors, block, threads)
+    if block[k.OUT_OF_RANGE]:
+        raise _out_of_range(indices, n_experts)
+    block[k.NEXT_PART] = 0
+    run_compiled(k.down_vectors, block, threads)
+    return out.to(x.dtype)
+
+
+def _out_of_range(indices: torch.Tensor, n_experts: int) -> InputError:
+    low, high = (int(v) for v in indices.aminmax())
+    return InputError(f"indices name experts {low}..{high}; there are 0..{n_experts - 1}")
 
 
 def _weight(weight: torch.Tensor | ExpertsInt8) -> _Weight:
@@ -168,7 +208,7 @@ def _blocks(indices: torch.Tensor, n_experts: int) -> list[_Block]:
         offsets = np.empty(n_experts + 1, np.int64)
         announce_first_compile(k.sort_by_expert)
         if not k.sort_by_expert(chosen, order, place, offsets):
-            raise InputError(f"indices name experts {chosen.min()}..{chosen.max()}; there are 0..{n_experts - 1}")
+            raise _out_of_range(indices, n_experts)
         pairs = slice(first * slots, last * slots)
         blocks.append(_Block(slice(first, last), pairs, order, place, offsets.tolist()))
     return blocks
@@ -186,7 +226,9 @@ def _forward(
     """The layer's output, and in ``keep`` [P 2F], if there, gate and up of the sorted pairs."""
     (tokens, d_model), slots, d_mlp = x.shape, indices.shape[1], down.values.shape[2]
     kind = torch.float32 if gate_up.scale is not None else x.dtype
-    out = torch.empty(tokens * slots if addends else tokens, d_model, dtype=x.dtype)
+    # Not a view of anything when it is returned: hooks may edit it in place.
+    out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model), dtype=x.dtype)
+    out_rows = out.view(-1, d_model)
     x, flat_weights, gate_up, down = x.detach().contiguous(), weights.detach().reshape(-1), *_detached(gate_up, down)
     for block in _blocks(indices, len(gate_up.values)):
         staging = _scratch.take(len(block.order) * d_model * kind.itemsize)
@@ -194,9 +236,9 @@ def _forward(
         kept = None if keep is None else keep[block.pairs]
         block_x, block_weights = x[block.tokens], flat_weights[block.pairs]
         _run_tasks(block, slots, block_x, block_weights, gate_up, down, d_mlp, kept, rows)
-        _combine(block, 1 if addends else slots, rows, out[block.pairs if addends else block.tokens])
+        _combine(block, 1 if addends else slots, rows, out_rows[block.pairs if addends else block.tokens])
         _scratch.give(staging)
-    return out.view(tokens, slots, d_model) if addends else out
+    return out
 
 
 def _detached(*weights: _Weight) -> list[_Weight]:

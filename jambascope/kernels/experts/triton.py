@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jambascope.kernels import triton_runtime as _runtime  # sets what triton reads when it is imported
+from jambascope.kernels import triton_runtime
 from jambascope.kernels.experts.int8 import ExpertsInt8
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 FEW_PAIRS = 8
 """Pairs up to which experts are read by the vector kernels: a token or a few, where sorting would cost more."""
 COMBINE_BLOCK = 1024
-assert _runtime
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,13 @@ def product_blocks(dtype: torch.dtype, rows_per_expert: float) -> Blocks:
     if dtype == torch.float32:
         return Blocks(16, 32, 32, 4, 2) if rows_per_expert <= 16 else Blocks(64, 64, 16, 4, 2)
     return Blocks(16, 64, 64, 4, 3) if rows_per_expert <= 16 else Blocks(64, 128, 32, 4, 3)
+
+
+def dact_blocks(dtype: torch.dtype, rows_per_expert: float) -> Blocks:
+    """The SwiGLU's adjoint holds five tiles at its end: more warps to hold them."""
+    if dtype == torch.float32 or rows_per_expert <= 16:
+        return gate_up_blocks(dtype, rows_per_expert)
+    return Blocks(64, 32, 64, 8, 3)
 
 
 def gradient_blocks(dtype: torch.dtype) -> Blocks:
@@ -163,7 +169,7 @@ def _products(x, weights, gate_up, gate_up_scale, down, down_scale, order, offse
     b = gate_up_blocks(x.dtype, pairs / n_experts)
     k.gate_up_kernel[_ceil(pairs, b.rows) + n_experts, _ceil(d_mlp, b.n)](
         x, order, offsets, gate_up, gate_up_scale, act, hidden, slots, d_model, d_mlp, n_experts,
-        QUANTIZED=gate_up_scale is not None, KEEP=keep, **_options(b, n_experts),
+        QUANTIZED=gate_up_scale is not None, KEEP=keep, **_options(b, n_experts, x.dtype),
     )  # fmt: skip
     _product(act, down, down_scale, weights, order, offsets, terms, transposed=False)
     return hidden
@@ -177,7 +183,8 @@ def _product(rows, weight, scale, weights, order, offsets, out, transposed):
     depth, n = rows.shape[1], out.shape[-1]
     k.product_kernel[_ceil(pairs, b.rows) + n_experts, _ceil(n, b.n)](
         rows, weight, scale, weights, order, offsets, out, depth, n, n_experts,
-        TRANSPOSED=transposed, QUANTIZED=scale is not None, WEIGHTED=weights is not None, **_options(b, n_experts),
+        TRANSPOSED=transposed, QUANTIZED=scale is not None, WEIGHTED=weights is not None,
+        **_options(b, n_experts, rows.dtype, scaled_inputs=transposed and scale is not None),
     )  # fmt: skip
 
 
@@ -188,10 +195,31 @@ def _combine(terms: torch.Tensor, out: torch.Tensor) -> None:
     k.combine_kernel[grid](terms, out, out.numel(), *terms.shape[1:], BLOCK=COMBINE_BLOCK, num_warps=4)
 
 
-def _options(b: Blocks, n_experts: int) -> dict[str, int]:
+def _options(b: Blocks, n_experts: int, dtype: torch.dtype, scaled_inputs: bool = False) -> dict[str, Any]:
     return dict(
-        BLOCK_R=b.rows, BLOCK_N=b.n, BLOCK_K=b.k, BLOCK_X=_power_of_2(n_experts), num_warps=b.warps, num_stages=b.stages
+        BLOCK_R=b.rows,
+        BLOCK_N=b.n,
+        BLOCK_K=b.k,
+        BLOCK_X=_power_of_2(n_experts),
+        num_warps=b.warps,
+        num_stages=b.stages,
+        **_dot(dtype, scaled_inputs),
     )
+
+
+def _dot(dtype: torch.dtype, scaled_inputs: bool = False) -> dict[str, Any]:
+    """In what type a product multiplies.
+
+    Inputs times an int8 weight's scale may leave the range of float16: TF32 has its precision with float32's range.
+    The interpreter multiplies bfloat16 as the integers in which it keeps it, and is given float32.
+    """
+    import triton.language as tl
+
+    if dtype == torch.float16 and scaled_inputs:
+        return dict(DOT=tl.float32, PRECISION="tf32")
+    if dtype == torch.bfloat16 and triton_runtime.interpreting():
+        return dict(DOT=tl.float32, PRECISION="ieee")
+    return dict(DOT=getattr(tl, str(dtype).removeprefix("torch.")), PRECISION="ieee")
 
 
 # -- backward ------------------------------------------------------------------------------------------------
@@ -239,13 +267,14 @@ def _backward(
     dy_slots = 1 if dout.ndim == 3 else slots
     dhidden = torch.empty_like(hidden)
     act = x.new_empty(pairs, d_mlp) if need_down else None
-    b = gate_up_blocks(x.dtype, pairs / n_experts)
+    b = dact_blocks(x.dtype, pairs / n_experts)
     blocks = _ceil(d_mlp, b.n)
     dweights = torch.empty(blocks, pairs, device=x.device)
     k.dact_kernel[_ceil(pairs, b.rows) + n_experts, blocks](
         dout, order, offsets, down, down_scale, weights, hidden, dhidden, act, dweights,
         pairs, dy_slots, d_model, d_mlp, n_experts,
-        QUANTIZED=down_scale is not None, ACT=need_down, **_options(b, n_experts),
+        QUANTIZED=down_scale is not None, ACT=need_down,
+        **_options(b, n_experts, x.dtype, scaled_inputs=down_scale is not None),
     )  # fmt: skip
     nothing = x.new_empty(0)
     grad_x, grad_gate_up, grad_down = nothing, nothing.clone(), nothing.clone()
@@ -278,7 +307,7 @@ def _weight_gradient(left, right, order, offsets, left_slots, right_slots, weigh
     k.weight_gradient_kernel[_ceil(i, b.rows) * _ceil(j, b.n), n_experts](
         left, right, order, offsets, out, left_slots or 1, right_slots or 1, i, j,
         GATHER_LEFT=left_slots is not None, GATHER_RIGHT=right_slots is not None,
-        BLOCK_I=b.rows, BLOCK_J=b.n, BLOCK_R=b.k, num_warps=b.warps, num_stages=b.stages,
+        BLOCK_I=b.rows, BLOCK_J=b.n, BLOCK_R=b.k, num_warps=b.warps, num_stages=b.stages, **_dot(left.dtype),
     )  # fmt: skip
     return out
 
@@ -343,7 +372,7 @@ def _product_cases(kind: str, weight: str, dtype: torch.dtype, rows: int) -> lis
     w, a, quantized = f"*{weight}", f"*{kind}", weight == "i8"
     sort = dict(order="*i64", offsets="*i32", scale="*fp32" if quantized else None)
     label = f"{kind}-{weight}-{'few' if rows == 1 else 'many'}-rows"
-    wide, narrow = (_options(choose(dtype, rows), 16) for choose in (product_blocks, gate_up_blocks))
+    narrow = _options(gate_up_blocks(dtype, rows), 16, dtype)
     cases = []
     for keep in (False, True):
         types = dict(sort, x=a, gate_up=w, act=a, hidden=a if keep else None)
@@ -351,12 +380,14 @@ def _product_cases(kind: str, weight: str, dtype: torch.dtype, rows: int) -> lis
         cases.append(_case(f"gate_up-{label}" + ("-keep" if keep else ""), k.gate_up_kernel, types, options))
     for transposed in (False, True):
         types = dict(sort, rows=a, weight=w, pair_weights=None if transposed else a, out=a)
+        wide = _options(product_blocks(dtype, rows), 16, dtype, scaled_inputs=transposed and quantized)
         options = dict(wide, TRANSPOSED=transposed, QUANTIZED=quantized, WEIGHTED=not transposed)
         cases.append(_case(f"{'dx' if transposed else 'down'}-{label}", k.product_kernel, types, options))
     types = dict(
         sort, dy=a, down=w, pair_weights=a, hidden=a, dhidden=a, act=None if quantized else a, dweights="*fp32"
     )
-    options = dict(narrow, QUANTIZED=quantized, ACT=not quantized)
+    options = _options(dact_blocks(dtype, rows), 16, dtype, scaled_inputs=quantized)
+    options |= dict(QUANTIZED=quantized, ACT=not quantized)
     cases.append(_case(f"dact-{label}", k.dact_kernel, types, options))
     return cases
 
@@ -366,7 +397,7 @@ def _gradient_cases(kind: str, dtype: torch.dtype) -> list[CompileCase]:
 
     b, a = gradient_blocks(dtype), f"*{kind}"
     types = dict(left=a, right=a, order="*i64", offsets="*i32", out=a)
-    blocks = dict(BLOCK_I=b.rows, BLOCK_J=b.n, BLOCK_R=b.k, num_warps=b.warps, num_stages=b.stages)
+    blocks = dict(BLOCK_I=b.rows, BLOCK_J=b.n, BLOCK_R=b.k, num_warps=b.warps, num_stages=b.stages, **_dot(dtype))
     return [
         _case(f"{name}_gradient-{kind}", k.weight_gradient_kernel, types, dict(blocks, GATHER_LEFT=left, GATHER_RIGHT=not left))
         for name, left in (("gate_up", False), ("down", True))

@@ -22,7 +22,7 @@ P = M S pairs, U experts used, X all experts, D d_model, F d_mlp. Bound: the pro
 more rows than the device does operations per byte (H100 in bfloat16: about 300), the reading of weights below that.
 A decoded token is all reading: the vector kernels read each chosen expert once, and have no sort in front of them.
 
-Sums are float32; nothing is added atomically: terms of one token are stored and added in the order of its slots, and
+DOT is the type of a product's operands, PRECISION what becomes of float32 ones. Sums are float32; nothing is added atomically: terms of one token are stored and added in the order of its slots, and
 a block of a weight's gradient is summed by one program.
 """
 
@@ -66,6 +66,8 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """act [P F] = SiLU(gate) * up, sorted; with KEEP hidden [P 2F] = (gate, up).
 
@@ -85,12 +87,12 @@ def gate_up_kernel(
         up = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         for k0 in range(0, D, BLOCK_K):
             k_ok = k < D - k0
-            x_k = tl.load(x_at + k0, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+            x_k = tl.load(x_at + k0, mask=row_ok[:, None] & k_ok[None, :], other=0.0).to(DOT)
             w_ok = k_ok[:, None] & n_ok[None, :]
-            gate_k = tl.load(gate_at + k0, mask=w_ok, other=0.0).to(x_k.dtype)
-            gate = tl.dot(x_k, gate_k, gate, input_precision="ieee")
-            up_k = tl.load(up_at + k0, mask=w_ok, other=0.0).to(x_k.dtype)
-            up = tl.dot(x_k, up_k, up, input_precision="ieee")
+            gate_k = tl.load(gate_at + k0, mask=w_ok, other=0.0).to(DOT)
+            gate = tl.dot(x_k, gate_k, gate, input_precision=PRECISION)
+            up_k = tl.load(up_at + k0, mask=w_ok, other=0.0).to(DOT)
+            up = tl.dot(x_k, up_k, up, input_precision=PRECISION)
         if QUANTIZED:
             scale_at = scale + expert * 2 * F + n
             gate *= tl.load(scale_at, mask=n_ok, other=0.0)[None, :]
@@ -124,6 +126,8 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out [P N], by pair, = rows [P K], sorted, times weight [X N K] transposed, or with TRANSPOSED weight [X K N].
 
@@ -147,9 +151,9 @@ def product_kernel(
             rows_k = tl.load(rows_at + k0, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
             if QUANTIZED and TRANSPOSED:
                 scale_k = tl.load(scale + expert * K + k0 + k, mask=k_ok, other=0.0)
-                rows_k = (rows_k * scale_k[None, :]).to(rows_k.dtype)
-            weight_k = tl.load(weight_at, mask=k_ok[:, None] & n_ok[None, :], other=0.0).to(rows_k.dtype)
-            acc = tl.dot(rows_k, weight_k, acc, input_precision="ieee")
+                rows_k = rows_k * scale_k[None, :]
+            weight_k = tl.load(weight_at, mask=k_ok[:, None] & n_ok[None, :], other=0.0).to(DOT)
+            acc = tl.dot(rows_k.to(DOT), weight_k, acc, input_precision=PRECISION)
             if TRANSPOSED:
                 weight_at += N * BLOCK_K
             else:
@@ -281,6 +285,8 @@ def dact_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The SwiGLU's adjoint: dhidden [P 2F] from dy, with ACT also act [P F] = weight * SiLU(gate) * up, sorted.
 
@@ -302,9 +308,9 @@ def dact_kernel(
             dy_k = tl.load(dy_at + k0, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
             if QUANTIZED:
                 scale_k = tl.load(scale + expert * D + k0 + k, mask=k_ok, other=0.0)
-                dy_k = (dy_k * scale_k[None, :]).to(dy_k.dtype)
-            down_k = tl.load(down_at, mask=k_ok[:, None] & n_ok[None, :], other=0.0).to(dy_k.dtype)
-            da = tl.dot(dy_k, down_k, da, input_precision="ieee")
+                dy_k = dy_k * scale_k[None, :]
+            down_k = tl.load(down_at, mask=k_ok[:, None] & n_ok[None, :], other=0.0).to(DOT)
+            da = tl.dot(dy_k.to(DOT), down_k, da, input_precision=PRECISION)
             down_at += F * BLOCK_K
         ok = row_ok[:, None] & n_ok[None, :]
         kind = dhidden.dtype.element_ty
@@ -338,6 +344,8 @@ def weight_gradient_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out [X I J] = the sum over an expert's rows of left [. I] outer right [. J]; zeros where it has none.
 
@@ -360,6 +368,6 @@ def weight_gradient_kernel(
         right_at = right + right_row[:, None] * right_columns + j[None, :]
         left_r = tl.load(left_at, mask=i_ok[:, None] & ok[None, :], other=0.0)
         right_r = tl.load(right_at, mask=ok[:, None] & j_ok[None, :], other=0.0)
-        acc = tl.dot(left_r, right_r, acc, input_precision="ieee")
+        acc = tl.dot(left_r.to(DOT), right_r.to(DOT), acc, input_precision=PRECISION)
     at = out + expert.to(tl.int64) * left_columns * right_columns + i[:, None].to(tl.int64) * right_columns + j[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=i_ok[:, None] & j_ok[None, :])

@@ -1,0 +1,91 @@
+"""Nothing in a forward pass waits for the device: the whole model on a GPU that has shapes but no data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from jambascope.config import JambaConfig
+from jambascope.model import HookedJamba
+
+MIXERS = ("mamba", "attention", "mamba2", "mamba")
+
+
+def place(model: HookedJamba) -> HookedJamba:
+    """Give a model on the meta device parameters on the GPU that holds no data."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cuda"))
+    return model
+
+
+def make(**changes) -> HookedJamba:
+    sizes = dict(d_model=32, d_inner=64, d_state=4, dt_rank=4, d_mlp=48, d_vocab=50, d_conv=4, mamba_d_head=16)
+    heads = dict(n_heads=2, n_key_value_heads=1, d_head=16, num_experts=4, experts_per_token=2)
+    kinds = dict(mixers=MIXERS, feed_forwards=("dense", "moe", "moe", "none"), rotary=True)
+    dtype = changes.pop("dtype", torch.float32)
+    return HookedJamba(JambaConfig(**sizes | heads | kinds | changes), device="meta", dtype=dtype)
+
+
+def double(value, hook):
+    return value * 2
+
+
+def as_it_is(value, hook):
+    return value.clone()
+
+
+EDITS = {
+    "state": ("blocks.0.mixer.hook_ssm_state", double),
+    "write": ("blocks.0.mixer.hook_ssm_write", double),
+    "state-2": ("blocks.2.mixer.hook_ssm_state", double),
+    "pattern": ("blocks.1.attn.hook_pattern", double),
+    "logits": ("blocks.1.mlp.router.hook_out", double),
+    "route": ("blocks.1.mlp.router.hook_expert_indices", as_it_is),
+    "expert": ("blocks.1.mlp.hook_expert_out", double),
+    "read-out": ("blocks.0.mixer.hook_y", double),
+}
+CALLS = {
+    "forward": lambda m, t: m(t),
+    "loss": lambda m, t: m(t, return_type="loss"),
+    "padded": lambda m, t: m(t, attention_mask=torch.ones(t.shape, dtype=torch.long, device="cuda")),
+    "state": lambda m, t: m(t, state=m.new_state(2)),
+    "step": lambda m, t: m(t[:, :1], state=m.new_state(2)),
+    "cache": lambda m, t: m.run_with_cache(t),
+    "cache-everything": lambda m, t: m.run_with_cache(t, names_filter=lambda name: True),
+    "training-loss": lambda m, t: m.loss_terms(t),
+} | {name: lambda m, t, edit=edit: m.run_with_hooks(t, fwd_hooks=[edit]) for name, edit in EDITS.items()}
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_forward_pass_never_waits(call, gradients, fake_cuda):
+    pytest.importorskip("triton", reason="the kernels for GPUs need the triton package")
+    model = make()
+    with fake_cuda(), torch.set_grad_enabled(gradients):
+        result = CALLS[call](place(model), torch.zeros(2, 9, dtype=torch.long, device="cuda"))
+    first = result[0] if isinstance(result, tuple) else result
+    assert first.device.type == "cuda"
+
+
+def test_half_precision_and_a_long_sequence(fake_cuda):
+    pytest.importorskip("triton", reason="the kernels for GPUs need the triton package")
+    model = make(dtype=torch.bfloat16)
+    with fake_cuda(), torch.no_grad():
+        logits = place(model)(torch.zeros(1, 5000, dtype=torch.long, device="cuda"))
+    assert logits.shape == (1, 5000, 50) and logits.dtype == torch.bfloat16
+
+
+def test_a_hook_that_looks_at_a_value_is_noticed(fake_cuda):
+    """The control: on such a GPU a look raises."""
+    model = make()
+
+    def look(value, hook):
+        return value if bool((value > 0).any()) else None
+
+    with fake_cuda(), pytest.raises(Exception, match="_local_scalar_dense"):
+        place(model).run_with_hooks(
+            torch.zeros(2, 9, dtype=torch.long, device="cuda"), fwd_hooks=[("blocks.0.hook_resid_pre", look)]
+        )
