@@ -39,13 +39,15 @@ class Block(nn.Module):
             self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
             self.hook_mlp_out = HookPoint()  # [B T D]
         self.hook_resid_post = HookPoint()  # [B T D]
-        self._listeners, self._step_weights = listeners(self), decode.Weights()
+        self._listeners, self._step_weights, self._step_sizes = listeners(self), decode.Weights(), None
+        if config.mixers[layer] == "mamba" and config.d_inner % decode.CHANNELS == 0:
+            self._step_sizes = decode.Sizes.of(config, layer)
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]; where the run says so, in pieces and into x itself."""
         if run.piece_length is not None:
             return self._forward_in_pieces(x, run)
-        if decode.fits(x) and not any(self._listeners):
+        if self._step_sizes is not None and decode.fits(x) and not any(self._listeners):
             stepped = self._step(x, run)
             if stepped is not None:
                 return stepped
@@ -64,26 +66,24 @@ class Block(nn.Module):
         return self.hook_resid_post(x)
 
     def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:
-        """One token in one call, where ``decode`` can; an attention layer's products are its own."""
-        c = self.config
-        if c.mixers[self.layer] != "mamba" or run.mask is not None or c.d_inner % decode.CHANNELS:
-            return None
+        """One token through a Mamba-1 layer in one call, where ``decode`` can."""
         memory = run.mamba_state(self.layer)
-        if memory is None:
+        if memory is None or run.mask is not None:
             return None
-        feed_forward = (None,) * 5
+        parts = self._modules
+        feed_forward = decode.NO_FEED_FORWARD
         if self.has_feed_forward:
-            parameters = self.mlp.parameters_of_step()
+            parameters = parts["mlp"].parameters_of_step()
             if parameters is None:
                 return None
-            feed_forward = (self.ln2.weight, *parameters)
-        tensors = (self.ln1.weight, *self.mixer.parameters_of_step(), *feed_forward)
-        weights = self._step_weights.addresses(tensors)
+            feed_forward = (parts["ln2"]._parameters["weight"], *parameters)
+        mixer = parts["mixer"].parameters_of_step()
+        weights = self._step_weights.addresses((parts["ln1"]._parameters["weight"], *mixer, *feed_forward))
         if weights is None:
             return None
-        experts = (c.num_experts, c.experts_per_token) if c.feed_forwards[self.layer] == "moe" else (0, 0)
-        sizes = decode.Sizes(c.d_model, c.d_inner, c.d_state, c.dt_rank, c.d_conv, c.d_mlp, *experts)
-        out, *new = decode.mamba_block_step(x[:, 0], memory.conv, memory.ssm, sizes, c.eps, weights)
+        out, *new = decode.mamba_block_step(
+            x[:, 0], memory.conv, memory.ssm, self._step_sizes, self.config.eps, weights
+        )
         run.update_mamba(self.layer, MambaState(*new))
         return out[:, None]
 

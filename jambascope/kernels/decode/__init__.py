@@ -6,7 +6,7 @@ A token's work is so little that calling torch operation by operation costs more
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 
+from jambascope.config import JambaConfig
 from jambascope.kernels.compiling import announce_first_compile
 
 CHANNELS = 16
@@ -22,15 +23,18 @@ MOST_ROWS = 4
 """Batch rows from which on torch's products, which read a weight once for all rows, are faster."""
 
 
+NO_FEED_FORWARD = (None,) * 5
+"""Norm, router, gate, up and down of a layer without a feed-forward."""
+
+
 class Weights:
     """The addresses of a layer's parameters, taken anew at every token: parameters may be replaced."""
 
     def __init__(self) -> None:
         self._checked: tuple[int, ...] | None = None
 
-    def addresses(self, tensors: Iterable[torch.Tensor | None]) -> tuple[int, ...] | None:
+    def addresses(self, tensors: Sequence[torch.Tensor | None]) -> tuple[int, ...] | None:
         """One per tensor, 0 for an absent one; None unless all are contiguous float32 on the CPU."""
-        tensors = list(tensors)
         addresses = tuple([0 if v is None else v.data_ptr() for v in tensors])
         if addresses != self._checked:
             for v in tensors:
@@ -62,6 +66,11 @@ class Sizes(NamedTuple):
     d_mlp: int
     experts: int
     experts_per_token: int
+
+    @classmethod
+    def of(cls, c: JambaConfig, layer: int) -> Sizes:
+        experts = (c.num_experts, c.experts_per_token) if c.feed_forwards[layer] == "moe" else (0, 0)
+        return cls(c.d_model, c.d_inner, c.d_state, c.dt_rank, c.d_conv, c.d_mlp, *experts)
 
 
 def mamba_block_step(
