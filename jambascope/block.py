@@ -7,7 +7,8 @@ from torch import nn
 
 from jambascope.attention import Attention
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint
+from jambascope.hook_point import HookPoint, listeners
+from jambascope.kernels import decode
 from jambascope.mamba import MambaMixer
 from jambascope.mamba2 import Mamba2Mixer
 from jambascope.mlp import DenseMLP
@@ -38,11 +39,18 @@ class Block(nn.Module):
             self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
             self.hook_mlp_out = HookPoint()  # [B T D]
         self.hook_resid_post = HookPoint()  # [B T D]
+        self._listeners, self._step_weights, self._step_sizes = listeners(self), decode.Weights(), None
+        if config.mixers[layer] == "mamba" and config.d_inner % decode.CHANNELS == 0:
+            self._step_sizes = decode.Sizes.of(config, layer)
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]; where the run says so, in pieces and into x itself."""
         if run.piece_length is not None:
             return self._forward_in_pieces(x, run)
+        if self._step_sizes is not None and decode.fits(x) and not any(self._listeners):
+            stepped = self._step(x, run)
+            if stepped is not None:
+                return stepped
         x = self.hook_resid_pre(x)
         if self.is_attention:
             out = self.hook_attn_out(self.attn(self.ln1(x), run))
@@ -57,6 +65,27 @@ class Block(nn.Module):
             x = x + out
         return self.hook_resid_post(x)
 
+    def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:
+        """One token through a Mamba-1 layer in one call, where ``decode`` can."""
+        memory = run.mamba_state(self.layer)
+        if memory is None or run.mask is not None:
+            return None
+        parts = self._modules
+        feed_forward = decode.NO_FEED_FORWARD
+        if self.has_feed_forward:
+            parameters = parts["mlp"].parameters_of_step()
+            if parameters is None:
+                return None
+            feed_forward = (parts["ln2"]._parameters["weight"], *parameters)
+        mixer = parts["mixer"].parameters_of_step()
+        weights = self._step_weights.addresses((parts["ln1"]._parameters["weight"], *mixer, *feed_forward))
+        if weights is None:
+            return None
+        out, *new = decode.mamba_block_step(
+            x[:, 0], memory.conv, memory.ssm, self._step_sizes, self.config.eps, weights
+        )
+        run.update_mamba(self.layer, MambaState(*new))
+        return out[:, None]
 
     def _forward_in_pieces(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """The same for a long sequence that nobody listens to: what lies between is small and stays in cache."""

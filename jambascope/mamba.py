@@ -11,8 +11,7 @@ from einops import einsum
 from torch import nn
 
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint, listeners
-from jambascope.kernels import decode
+from jambascope.hook_point import HookPoint
 from jambascope.kernels.selective_scan import ScanResult, selective_scan
 from jambascope.norms import InnerNorm
 from jambascope.ssm_mixer import convolve, scan_with_listeners
@@ -55,20 +54,11 @@ class MambaMixer(nn.Module):
         self.hook_ssm_state = HookPoint()  # [B E T N]
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
-        self.eps = config.eps
-        self._listeners, self._step_weights = listeners(self), decode.Weights()
 
     def forward(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]; the state before the first position comes from ``run.state``."""
         mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
         memory = run.mamba_state(self.layer)
-        if memory is not None and mask is None and decode.fits(hidden) and not any(self._listeners):
-            stepped = self._step(hidden[:, 0], memory)
-            if stepped is not None:
-                out, *new = stepped
-                run.update_mamba(self.layer, MambaState(*new))
-                return out[:, None]
-
         # Slices rather than chunk and split: their outputs could not be edited in place by a hook.
         projected = self.hook_in_proj(self.in_proj(hidden))
         d_inner = projected.shape[-1] // 2
@@ -88,23 +78,16 @@ class MambaMixer(nn.Module):
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         return self.out_proj(self.hook_z(scan.y))
 
-    def _step(self, hidden: torch.Tensor, memory: MambaState) -> tuple[torch.Tensor, ...] | None:
-        """Output, new past and new state for one token [B D] in one call, where ``decode`` can."""
-        if self.A_log.shape[0] % decode.CHANNELS:
-            return None
+    def parameters_of_step(self) -> tuple[torch.Tensor | None, ...]:
+        """The parameters in the order in which ``decode`` takes them; looked up fast, for every token."""
         linear, conv, x, dt, out = (
             self._modules[name]._parameters for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
         )
         norms = (self._modules[f"{name}_layernorm"]._parameters.get("weight") for name in ("dt", "b", "c"))
-        weights = self._step_weights.addresses(
-            (
-                *(linear["weight"], linear["bias"], conv["weight"], conv["bias"], x["weight"], *norms),
-                *(dt["weight"], dt["bias"], self.A_log, self.D, out["weight"], out["bias"]),
-            )
+        return (
+            *(linear["weight"], linear["bias"], conv["weight"], conv["bias"], x["weight"], *norms),
+            *(dt["weight"], dt["bias"], self.A_log, self.D, out["weight"], out["bias"]),
         )
-        if weights is None:
-            return None
-        return decode.mamba_step(hidden, memory.conv, memory.ssm, self.dt_rank, self.eps, weights)
 
     def _scan(self, x, dt, B, C, gate, mask, initial_state) -> ScanResult:
         """softplus of dt and its bias, the scan and the gate.

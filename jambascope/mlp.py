@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint, listeners
-from jambascope.kernels import decode
+from jambascope.hook_point import HookPoint
 from jambascope.state import Run
 
 
@@ -23,15 +22,14 @@ class DenseMLP(nn.Module):
         self.hook_pre = HookPoint()  # [B T F]
         self.hook_pre_linear = HookPoint()  # [B T F]
         self.hook_post = HookPoint()  # [B T F]
-        self._listeners, self._step_weights = listeners(self), decode.Weights()
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]"""
-        if decode.fits(x) and not any(self._listeners):
-            gate = self.gate_proj.weight
-            weights = self._step_weights.addresses((gate, self.up_proj.weight, self.down_proj.weight))
-            if weights is not None:
-                return decode.swiglu_step(x[:, 0], len(gate), weights)[:, None]
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.up_proj(x))
         return self.down_proj(self.hook_post(F.silu(pre) * pre_linear))
+
+    def parameters_of_step(self) -> tuple[torch.Tensor | None, ...]:
+        """As ``decode`` takes them: no router, gate, up, down."""
+        gate, up, down = (self._modules[name]._parameters["weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+        return None, gate, up, down

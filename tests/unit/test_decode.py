@@ -20,11 +20,14 @@ CONFIGS = {
     "no-biases": dict(conv_bias=False),
     "plain-mamba": dict(inner_norms=False, feed_forwards=("none", "none")),
     "channels-not-16": dict(d_inner=40),
+    "moe": dict(feed_forwards=("moe", "none")),
+    "moe-odd": dict(feed_forwards=("dense", "moe"), d_model=19, d_mlp=21, num_experts=5, experts_per_token=3),
+    "one-expert": dict(feed_forwards=("moe", "moe"), num_experts=1, experts_per_token=1),
 }
 
 
 def make(**changes) -> HookedJamba:
-    sizes = dict(d_model=32, d_inner=64, d_state=16, dt_rank=8, d_mlp=64, d_vocab=50, d_conv=4)
+    sizes = dict(d_model=32, d_inner=64, d_state=16, dt_rank=8, d_mlp=64, d_vocab=50, d_conv=4, num_experts=4)
     kinds = dict(mixers=("mamba", "mamba"), feed_forwards=("dense", "dense"))
     config = JambaConfig(**sizes | kinds | dict(n_heads=1, n_key_value_heads=1, d_head=16) | changes)
     torch.manual_seed(0)
@@ -48,8 +51,8 @@ def test_a_token_at_a_time_equals_one_pass(name, rows, monkeypatch):
     model = make(**CONFIGS[name])
     tokens = torch.randint(0, 50, (rows, 9), generator=torch.Generator().manual_seed(1))
     calls = []
-    step = decode.mamba_step
-    monkeypatch.setattr(decode, "mamba_step", lambda *a: calls.append(1) or step(*a))
+    step = decode.mamba_block_step
+    monkeypatch.setattr(decode, "mamba_block_step", lambda *a: calls.append(1) or step(*a))
     with torch.no_grad():
         torch.testing.assert_close(one_by_one(model, tokens), model(tokens), rtol=2e-4, atol=2e-5)
     assert len(calls) == (0 if name == "channels-not-16" else 2 * 6)

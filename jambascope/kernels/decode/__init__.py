@@ -1,18 +1,20 @@
-"""One token through a whole sub-layer in one call, on a CPU in float32: what decoding takes when nobody listens.
+"""One token through a whole Mamba-1 layer in one call, on a CPU in float32: what decoding takes when nobody listens.
 
-A token's work is so little that calling torch operation by operation costs more than the operations do. These
-functions compute what the layers compute; the layers take them when :func:`fits` says so.
+A token's work is so little that calling torch operation by operation costs more than the operations do. A block takes
+:func:`mamba_block_step`, which computes what its parts compute, when :func:`fits` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 
+from jambascope.config import JambaConfig
 from jambascope.kernels.compiling import announce_first_compile
 
 CHANNELS = 16
@@ -21,15 +23,18 @@ MOST_ROWS = 4
 """Batch rows from which on torch's products, which read a weight once for all rows, are faster."""
 
 
+NO_FEED_FORWARD = (None,) * 5
+"""Norm, router, gate, up and down of a layer without a feed-forward."""
+
+
 class Weights:
     """The addresses of a layer's parameters, taken anew at every token: parameters may be replaced."""
 
     def __init__(self) -> None:
         self._checked: tuple[int, ...] | None = None
 
-    def addresses(self, tensors: Iterable[torch.Tensor | None]) -> tuple[int, ...] | None:
+    def addresses(self, tensors: Sequence[torch.Tensor | None]) -> tuple[int, ...] | None:
         """One per tensor, 0 for an absent one; None unless all are contiguous float32 on the CPU."""
-        tensors = list(tensors)
         addresses = tuple([0 if v is None else v.data_ptr() for v in tensors])
         if addresses != self._checked:
             for v in tensors:
@@ -50,11 +55,29 @@ def fits(x: torch.Tensor) -> bool:
     )
 
 
-def mamba_step(
+class Sizes(NamedTuple):
+    """Of a layer; those of a feed-forward that it lacks are 0."""
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    d_mlp: int
+    experts: int
+    experts_per_token: int
+
+    @classmethod
+    def of(cls, c: JambaConfig, layer: int) -> Sizes:
+        experts = (c.num_experts, c.experts_per_token) if c.feed_forwards[layer] == "moe" else (0, 0)
+        return cls(c.d_model, c.d_inner, c.d_state, c.dt_rank, c.d_conv, c.d_mlp, *experts)
+
+
+def mamba_block_step(
     hidden: Float[torch.Tensor, "batch d_model"],
     past: Float[torch.Tensor, "batch d_conv-1 d_inner"],
     state: Float[torch.Tensor, "batch d_inner d_state"],
-    dt_rank: int,
+    sizes: Sizes,
     eps: float,
     weights: tuple[int, ...],
 ) -> tuple[
@@ -62,34 +85,21 @@ def mamba_step(
     Float[torch.Tensor, "batch d_conv-1 d_inner"],
     Float[torch.Tensor, "batch d_inner d_state"],
 ]:
-    """A Mamba-1 mixer (arXiv 2312.00752; inner norms of 2403.19887) for one token: output, new past, new state.
+    """A Mamba-1 block (arXiv 2403.19887, section 2) for one token: the residual stream, the new past and state.
 
-    ``d_inner`` a multiple of 16. The new past and state are other tensors than the old. ``weights`` are addresses, in
-    the order in which ``cpu_kernels.mamba_step`` takes them.
+    ``d_inner`` a multiple of CHANNELS. The new past and state are other tensors than the old. ``weights`` are
+    addresses, in the order in which ``cpu_kernels.mamba_block_step`` takes them.
     """
-    rows, d_model = hidden.shape
-    width, (d_inner, d_state) = past.shape[1] + 1, state.shape[1:]
     hidden, past, state = hidden.contiguous(), past.contiguous(), state.mT.contiguous()
     out, new_past, new_state = torch.empty_like(hidden), torch.empty_like(past), torch.empty_like(state)
-    moving = [v.data_ptr() for v in (past, state, out, new_past, new_state)]
-    sizes = rows, d_model, d_inner, d_state, dt_rank, width
-    _kernels().mamba_step(*sizes, eps, hidden.data_ptr(), *weights, *moving)
+    moving = [v.data_ptr() for v in (hidden, past, state, out, new_past, new_state)]
+    _kernels().mamba_block_step((len(hidden), *sizes), eps, *moving, *weights)
     return out, new_past, new_state.mT
-
-
-def swiglu_step(
-    x: Float[torch.Tensor, "batch d_model"], d_mlp: int, weights: tuple[int, ...]
-) -> Float[torch.Tensor, "batch d_model"]:
-    """``down(SiLU(gate x) * up x)`` for one token; ``weights`` are the addresses of gate, up and down."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    _kernels().swiglu_step(*x.shape, d_mlp, x.data_ptr(), *weights, out.data_ptr())
-    return out
 
 
 @cache
 def _kernels() -> ModuleType:
     from jambascope.kernels.decode import cpu_kernels
 
-    announce_first_compile(cpu_kernels.mamba_step)
+    announce_first_compile(cpu_kernels.mamba_block_step)
     return cpu_kernels

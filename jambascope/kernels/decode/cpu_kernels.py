@@ -1,4 +1,4 @@
-"""Whole sub-layers for one token, as numba loops: what decoding costs is reading each weight once.
+"""A whole Mamba-1 layer for one token, as numba loops: what decoding costs is reading each weight once.
 
 Tensors arrive as addresses of contiguous float32; an absent one is 0. Batch rows are done one after another, so that
 the second finds the weights in cache. One thread: a core reads its caches faster than a second one can be woken.
@@ -71,27 +71,63 @@ def matvec(weight, bias, v, out, rows, width):
 
 
 @njit(inline="always", fastmath=FAST)
-def _normalise(v, start, width, weight, eps):
-    """RMSNorm of part of v, in place; nothing where there is no weight."""
+def _rms_norm(v, start, width, weight, eps, out):
+    """RMSNorm of part of v into the same part of out; a copy where there is no weight."""
+    scale = np.float32(1.0)
     if weight != 0:
         total = ZERO
         for i in range(start, start + width):
-            total += v[i] * v[i]
-        scale = np.float32(1.0) / np.sqrt(total / np.float32(width) + eps)
-        for i in range(width):
-            v[start + i] = v[start + i] * scale * read(weight, i)
+            total += read(v, i) * read(v, i)
+        scale = np.float32(1.0 / np.sqrt(total / np.float32(width) + eps))
+    for i in range(width):
+        out[start + i] = read(v, start + i) * scale * (read(weight, i) if weight != 0 else np.float32(1.0))
+
+
+@njit(inline="always", fastmath=FAST)
+def _swiglu(x, width, d_mlp, gate, up, down, factor, scratch, other, product, out):
+    """out += factor * down (SiLU(gate x) * up x)."""
+    matvec(gate, 0, x, scratch, d_mlp, width)
+    matvec(up, 0, x, other, d_mlp, width)
+    for f in range(0, d_mlp, LANES):  # the last vector may run over into the spare lanes
+        store(scratch, f, silu(load(scratch, f)) * load(other, f))
+    matvec(down, 0, scratch, product, width, d_mlp)
+    for i in range(width):
+        out[i] += factor * product[i]
+
+
+@njit(inline="always", fastmath=FAST)
+def _moe(x, width, d_mlp, experts, slots, router, gate_up, down, scratch, other, product, weights, out):
+    """out += the chosen experts' weighted outputs; of equal weights the first is chosen."""
+    matvec(router, 0, x, weights, experts, width)
+    largest = weights[0]
+    for i in range(experts):
+        largest = max(largest, weights[i])
+    total = ZERO
+    for i in range(experts):
+        weights[i] = np.exp(weights[i] - largest)
+        total += weights[i]
+    for _ in range(slots):
+        chosen = 0
+        for i in range(experts):
+            if weights[i] > weights[chosen]:
+                chosen = i
+        at, size = gate_up + 8 * chosen * d_mlp * width, 4 * d_mlp * width
+        factor = weights[chosen] / total
+        _swiglu(x, width, d_mlp, at, at + size, down + chosen * size, factor, scratch, other, product, out)
+        weights[chosen] = -1.0
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def mamba_step(
-    rows,
-    D_model,
-    E,
-    N,
-    R,
-    K,
+def mamba_block_step(
+    sizes,
     eps,
     hidden,
+    past,
+    state,
+    out,
+    new_past,
+    new_state,
+    norm,
     in_proj,
     in_bias,
     conv,
@@ -106,25 +142,31 @@ def mamba_step(
     D,
     out_proj,
     out_bias,
-    past,
-    state,
-    out,
-    new_past,
-    new_state,
+    feed_forward_norm,
+    router,
+    gate,
+    up,
+    down,
 ):
-    """hidden, out [rows D_model]; past, new_past [rows K-1 E]; state, new_state [rows N E]; weights as in MambaMixer.
+    """hidden, out [rows width]; past, new_past [rows K-1 E]; state, new_state [rows N E]; weights as in the layers.
 
-    E a multiple of LANES. Equations as in ``selective_scan/reference.py``, with the convolution before it.
+    sizes = (rows, width, E, N, R, K, d_mlp, experts, slots); E a multiple of LANES. With a ``router``, ``gate`` is
+    gate_up of all experts and ``up`` is 0; without a feed-forward its weights are 0. Equations of the mixer as in
+    ``selective_scan/reference.py``, with the convolution before it.
     """
+    rows, width, E, N, R, K, d_mlp, experts, slots = sizes
     projected, u, dt = aligned(2 * E), aligned(E), aligned(E)
     dt_B_C = aligned(R + 2 * N)
-    mixed = aligned(D_model)
+    x, mixed, weights = aligned(width), aligned(width), aligned(experts)
+    scratch, other, product = aligned(d_mlp + LANES), aligned(d_mlp + LANES), aligned(width)
     for row in range(rows):
-        matvec(in_proj, in_bias, hidden + 4 * row * D_model, projected, 2 * E, D_model)
+        residual = hidden + 4 * row * width
+        _rms_norm(residual, 0, width, norm, eps, x)
+        matvec(in_proj, in_bias, x, projected, 2 * E, width)
         for e in range(0, E, LANES):
             at = row * (K - 1) * E + e
-            x = load(projected, e)
-            acc = x * load_every(conv, e * K + K - 1, K)
+            v = load(projected, e)
+            acc = v * load_every(conv, e * K + K - 1, K)
             if conv_bias != 0:
                 acc = acc + load(conv_bias, e)
             for k in range(K - 1):
@@ -133,17 +175,17 @@ def mamba_step(
                 if k > 0:
                     store(new_past, at + (k - 1) * E, before)
             if K > 1:
-                store(new_past, at + (K - 2) * E, x)
+                store(new_past, at + (K - 2) * E, v)
             store(u, e, silu(acc))
         matvec(x_proj, 0, u, dt_B_C, R + 2 * N, E)
-        _normalise(dt_B_C, 0, R, dt_norm, eps)
-        _normalise(dt_B_C, R, N, b_norm, eps)
-        _normalise(dt_B_C, R + N, N, c_norm, eps)
+        _rms_norm(dt_B_C, 0, R, dt_norm, eps, dt_B_C)
+        _rms_norm(dt_B_C, R, N, b_norm, eps, dt_B_C)
+        _rms_norm(dt_B_C, R + N, N, c_norm, eps, dt_B_C)
         matvec(dt_proj, dt_bias, dt_B_C, dt, E, R)
         for e in range(0, E, LANES):
-            step, x = softplus(load(dt, e)), load(u, e)
-            exponent, dx = step * (-LOG2_E), step * x
-            y = x * load(D, e)
+            step, v = softplus(load(dt, e)), load(u, e)
+            exponent, dx = step * (-LOG2_E), step * v
+            y = v * load(D, e)
             for n in range(N):
                 at = (row * N + n) * E + e
                 decay = exp2(exponent * exp2(load_every(A_log, e * N + n, N) * LOG2_E))
@@ -151,29 +193,14 @@ def mamba_step(
                 store(new_state, at, h)
                 y = y + h * read(dt_B_C, R + N + n)
             store(u, e, y * silu(load(projected, E + e)))
-        matvec(out_proj, out_bias, u, mixed, D_model, E)
-        _write(mixed, out + 4 * row * D_model, D_model)
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
-def swiglu_step(rows, width, hidden_width, x, gate, up, down, out):
-    """out = down (SiLU(gate x) * up x); x, out [rows width], gate and up [hidden_width width]."""
-    a, b, mixed = aligned(hidden_width + LANES), aligned(hidden_width + LANES), aligned(width)
-    for row in range(rows):
-        at = x + 4 * row * width
-        matvec(gate, 0, at, a, hidden_width, width)
-        matvec(up, 0, at, b, hidden_width, width)
-        for f in range(0, hidden_width, LANES):  # the last vector may run over into the spare lanes
-            store(a, f, silu(load(a, f)) * load(b, f))
-        matvec(down, 0, a, mixed, width, hidden_width)
-        _write(mixed, out + 4 * row * width, width)
-
-
-@njit(inline="always")
-def _write(values, address, size):
-    """Copy an array to an address."""
-    whole = size - size % LANES
-    for i in range(0, whole, LANES):
-        store(address, i, load(values, i))
-    for i in range(whole, size):
-        write(address, i, values[i])
+        matvec(out_proj, out_bias, u, mixed, width, E)
+        for i in range(width):
+            mixed[i] += read(residual, i)
+        if down != 0:
+            _rms_norm(mixed, 0, width, feed_forward_norm, eps, x)
+            if router != 0:
+                _moe(x, width, d_mlp, experts, slots, router, gate, down, scratch, other, product, weights, mixed)
+            else:
+                _swiglu(x, width, d_mlp, gate, up, down, np.float32(1.0), scratch, other, product, mixed)
+        for i in range(width):
+            write(out, row * width + i, mixed[i])

@@ -84,10 +84,8 @@ def backward_kernel(
     grad_x,
     grad_dt,
     grad_gate,
-    grad_A,
     grad_BC,
-    grad_E,
-    grad_start,
+    sums,
     grad_edits,
     T,
     E,
@@ -95,7 +93,6 @@ def backward_kernel(
     n_edits,
     n_captured,
     n_channels,
-    n_checkpoints,
     stride_xb,
     stride_xt,
     stride_dtb,
@@ -109,8 +106,8 @@ def backward_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """``lambdas`` [B segment N E]: the gradient that enters each segment from behind. dy [B T E] contiguous;
-    dcaptured [B P N channel]; scratch [program CHUNK/STEPS N BLOCK_E]. Partials: grad_A [B segment N E], grad_E
-    [B segment 2 E] (of D and dt_bias), grad_BC [block B T' 2 N]; grad_start [B N E] is written by the first segment."""
+    dcaptured [B P N channel]; scratch [program CHUNK/STEPS N BLOCK_E]. Partials: grad_BC [block B T' 2 N] and sums
+    [B segment 2 N + 2 E]: of A, the gradient that leaves the segment in front, of D, of dt_bias."""
     tl.static_assert(STEPS == 1 or (edit_slot is None and capture_slot is None))
     blocks = tl.cdiv(E, BLOCK_E)
     segments = tl.cdiv(T, segment_length)
@@ -141,6 +138,14 @@ def backward_kernel(
             channel = tl.load(channel_slot + e, mask=in_e, other=-1)
         in_channel = (in_e & (channel >= 0))[None, :]
 
+    # What every position adds to is moved to this program's part here: scalars kept through the loop are few on AMD.
+    checkpoints += b * tl.cdiv(T, CHUNK) * (N * E)
+    scratch += program.to(tl.int64) * (CHUNK // STEPS) * (N * BLOCK_E)
+    if edit_slot is not None:
+        edits += b * n_edits * (2 * N * E)
+        grad_edits += b * n_edits * (2 * N * E)
+    if dcaptured is not None:
+        dcaptured += b * n_captured * (N * n_channels)
     rows = tl.cdiv(T, CHUNK) * CHUNK
     first = segment * segment_length
     stop = tl.minimum(first + segment_length, T)
@@ -159,9 +164,9 @@ def backward_kernel(
     for chunk_back in range(0, tl.cdiv(stop - first, CHUNK)):
         chunk = tl.cdiv(stop, CHUNK) - 1 - chunk_back
         parts = tl.cdiv(tl.minimum(CHUNK, stop - chunk * CHUNK), STEPS)
-        h = tl.load(checkpoints + tile(b * n_checkpoints + chunk, n, e, N, E), mask=in_ne, other=0.0)
+        h = tl.load(checkpoints + tile(tl.cast(chunk, tl.int64), n, e, N, E), mask=in_ne, other=0.0)
         for part in range(0, parts):
-            at_part = tile(program.to(tl.int64) * (CHUNK // STEPS) + part, n, lane, N, BLOCK_E)
+            at_part = tile(part, n, lane, N, BLOCK_E)
             tl.store(scratch + at_part, h)
             if part < parts - 1:
                 for u in tl.static_range(STEPS):
@@ -179,13 +184,13 @@ def backward_kernel(
                     if edit_slot is not None:
                         slot = tl.load(edit_slot + t)
                         if slot >= 0:
-                            h = edited(h, edits, b * n_edits + slot, n, e, in_ne, N, E)
+                            h = edited(h, edits, slot.to(tl.int64), n, e, in_ne, N, E)
         # What other threads of this program wrote is read next.
         tl.debug_barrier()
         for part_back in range(0, parts):
             part = parts - 1 - part_back
             t0 = (chunk * CHUNK + part * STEPS).to(tl.int64)
-            at_part = tile(program.to(tl.int64) * (CHUNK // STEPS) + part, n, lane, N, BLOCK_E)
+            at_part = tile(part, n, lane, N, BLOCK_E)
             h = tl.load(scratch + at_part)
             xs, raws, dts, dys, gates = (), (), (), (), ()
             for u in tl.static_range(STEPS):
@@ -215,7 +220,7 @@ def backward_kernel(
                 if edit_slot is not None:
                     slot = tl.load(edit_slot + t0)
                     if slot >= 0:
-                        h = edited(h, edits, b * n_edits + slot, n, e, in_ne, N, E)
+                        h = edited(h, edits, slot.to(tl.int64), n, e, in_ne, N, E)
                 states = states + (h,)
             for u in tl.static_range(STEPS - 1, -1, -1):
                 live = live_lanes(e, E, stop - t0, u, STEPS)
@@ -245,20 +250,20 @@ def backward_kernel(
                 if dcaptured is not None:
                     slot = tl.load(capture_slot + t0)
                     if slot >= 0:
-                        at = tile(b * n_captured + slot, n, channel, N, n_channels)
+                        at = tile(slot.to(tl.int64), n, channel, N, n_channels)
                         lam += tl.load(dcaptured + at, mask=in_channel, other=0.0)
                 if edit_slot is not None:
                     slot = tl.load(edit_slot + t0)
                     if slot >= 0:
-                        row = 2 * (b * n_edits + slot)
+                        row = 2 * slot.to(tl.int64)
                         unedited = decay * before + (dt_t * x_t)[None, :] * B_t[:, None]
                         tl.store(grad_edits + tile(row, n, e, N, E), lam * unedited, mask=in_ne)
                         tl.store(grad_edits + tile(row + 1, n, e, N, E), lam, mask=in_ne)
                         lam *= tl.load(edits + tile(row, n, e, N, E), mask=in_ne, other=0.0)
                 du = tl.sum(lam * B_t[:, None], axis=0)
                 to_B, to_C = lam * (dt_t * x_t)[None, :], dy_t[None, :] * states[u]
-                sums = sums_over_lanes(to_B, to_C, lane, N, BLOCK_E)
-                tl.store(grad_BC + (t0 + u) * 2 * N + tl.arange(0, 2 * N), sums)
+                sums_BC = sums_over_lanes(to_B, to_C, lane, N, BLOCK_E)
+                tl.store(grad_BC + (t0 + u) * 2 * N + tl.arange(0, 2 * N), sums_BC)
                 lam *= decay
                 into_exponent = lam * before
                 sum_A += into_exponent * dt_t[None, :]
@@ -282,14 +287,13 @@ def backward_kernel(
                 tl.store(grad_dt + at_t, ddt.to(grad_dt.dtype.element_ty), mask=live)
         # The next chunk overwrites the scratch.
         tl.debug_barrier()
-    tl.store(grad_A + tile(bs, n, e, N, E), sum_A, mask=in_ne)
+    sums += bs * (2 * N + 2) * E
+    tl.store(sums + tile(0, n, e, N, E), sum_A, mask=in_ne)
+    tl.store(sums + N * E + tile(0, n, e, N, E), lam, mask=in_ne)
     if D is not None:
-        tl.store(grad_E + 2 * bs * E + e, sum_D, mask=in_e)
+        tl.store(sums + 2 * N * E + e, sum_D, mask=in_e)
     if dt_bias is not None:
-        tl.store(grad_E + (2 * bs + 1) * E + e, sum_bias, mask=in_e)
-    if grad_start is not None:
-        if segment == 0:
-            tl.store(grad_start + tile(b, n, e, N, E), lam, mask=in_ne)
+        tl.store(sums + (2 * N + 1) * E + e, sum_bias, mask=in_e)
 
 
 @triton.jit

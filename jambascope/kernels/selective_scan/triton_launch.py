@@ -152,7 +152,7 @@ def scan_backward(
 
     batch, length, d_inner = x.shape
     results = _gradients(x, dt, A, BC, D, gate, bias, h0, edits)
-    grad_x, grad_dt, _, _, _, grad_gate, _, grad_h0, grad_edits = results
+    grad_x, grad_dt, _, _, _, grad_gate, _, _, grad_edits = results
     block_e = lanes()
     segments, blocks = -(-length // segment), -(-d_inner // block_e)
     n_edits, d_state = 0 if edits is None else edits.shape[1], A.shape[0]
@@ -160,9 +160,8 @@ def scan_backward(
     sizes = (length, d_inner, segment, n_edits, n_captured, n_channels)
     constants = dict(DT_SOFTPLUS=softplus, N=d_state, CHUNK=CHUNK, BLOCK_E=block_e, num_stages=1)
     scratch = A.new_empty(batch * segments * blocks, CHUNK // shape["STEPS"], d_state, block_e)
-    part_A = A.new_empty(batch, segments, d_state, d_inner)
+    sums = A.new_empty(batch, segments, 2 * d_state + 2, d_inner)
     part_BC = A.new_empty(blocks, *BC.shape)
-    part_E = A.new_empty(batch, segments, 2, d_inner)
     if not n_captured:
         dcaptured = None
     grid = (batch * segments * blocks,)
@@ -178,17 +177,18 @@ def scan_backward(
         k.backward_kernel[grid](
             x, dt, A, BC, D, gate, bias, marks, edit_slot, edits, capture_slot, channel_slot,
             checkpoints, dy, lambdas, dcaptured, scratch, grad_x, grad_dt, None if gate is None else grad_gate,
-            part_A, part_BC, part_E, None if h0 is None else grad_h0, grad_edits,
-            *sizes, checkpoints.shape[1], *_strides(x, dt, gate), **shape,
+            part_BC, sums, grad_edits, *sizes, *_strides(x, dt, gate), **shape,
             **constants,
         )  # fmt: skip
-    results[2] = part_A.sum((0, 1)) * LN_2
+    of_A, of_start, of_D, of_bias = sums.split((d_state, d_state, 1, 1), dim=2)
+    results[2] = of_A.sum((0, 1)) * LN_2
     results[3] = part_BC.sum(0)
-    sums = part_E.sum((0, 1))
     if D is not None:
-        results[4] = sums[0].clone()
+        results[4] = of_D.sum((0, 1, 2))
     if bias is not None:
-        results[6] = sums[1].clone()
+        results[6] = of_bias.sum((0, 1, 2))
+    if h0 is not None:
+        results[7] = of_start[:, 0].contiguous()
     return results
 
 

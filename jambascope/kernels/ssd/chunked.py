@@ -29,9 +29,9 @@ from jambascope.kernels.ssd import reference
 from jambascope.kernels.ssd.interface import SSDResult
 
 CHUNK = 64
-"""Positions per chunk."""
+"""Positions per chunk: of 32, 64, 128 and 256 the fastest forward and backward, measured on a CPU at N 64 and 128."""
 SPARSE = 4
-"""Mean distance of captured and edited positions above which segments are faster than the trajectory."""
+"""Mean distance of captured and edited positions from which on segments are taken: where large states break even."""
 SPAN_ELEMENTS = 1 << 22
 """Decays [B c H Q Q] that are held at a time: bounds what a long pass without gradients needs beyond its input."""
 
