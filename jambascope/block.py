@@ -51,18 +51,19 @@ class Block(nn.Module):
             stepped = self._step(x, run)
             if stepped is not None:
                 return stepped
+        may_reuse = not torch.is_grad_enabled() and not any(self._listeners)
         x = self.hook_resid_pre(x)
         if self.is_attention:
             out = self.hook_attn_out(self.attn(self.ln1(x), run))
         else:
             out = self.hook_mixer_out(self.mixer(self.ln1(x), run))
         _note_activation(run, out)
-        x = x + out
+        x = out.add_(x) if may_reuse else x + out
         if self.has_feed_forward:
             x = self.hook_resid_mid(x)
             out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
             _note_activation(run, out)
-            x = x + out
+            x = out.add_(x) if may_reuse else x + out
         return self.hook_resid_post(x)
 
     def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:

@@ -45,7 +45,11 @@ class RMSNorm(InnerNorm):
         if not any(self._listeners):
             return super().forward(x)
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = self.hook_scale((x32.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        if rms_norm.fits(x32, self.weight):
+            scale = rms_norm.root_mean_square(x32, self.eps)
+        else:
+            scale = (x32.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        scale = self.hook_scale(scale)
         return self.weight * self.hook_normalized((x32 / scale).to(x.dtype))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -31,22 +32,33 @@ def rms_norm(
 
     ``x`` may be a slice of wider rows; see :func:`fits`.
     """
-    batch, length, width = x.shape
-    out = torch.empty(batch, length, width)
-    forward = _forward()
-    stride = x.stride(1) if length > 1 else x.stride(0)
-    arguments = width, eps, x.data_ptr(), stride, weight.data_ptr(), out.data_ptr()
-    rows = batch * length
-    if x.numel() < SERIAL_BELOW:
-        forward(0, rows, *arguments)
-    else:
-        run_items(lambda start, stop: forward(start, stop, *arguments), rows)
+    out = torch.empty(x.shape)
+    kernels = _kernels()
+    arguments = x.shape[2], eps, x.data_ptr(), _row_stride(x), weight.data_ptr(), out.data_ptr()
+    _over_rows(x, lambda start, stop: kernels.forward(start, stop, *arguments))
     return out
 
 
-@cache
-def _forward() -> Any:
-    from jambascope.kernels.rms_norm_cpu import forward
+def root_mean_square(x: Float[torch.Tensor, "batch pos width"], eps: float) -> Float[torch.Tensor, "batch pos 1"]:
+    """``sqrt(mean(x**2) + eps)`` over the last axis; see :func:`fits`."""
+    out = torch.empty(*x.shape[:2], 1)
+    kernels = _kernels()
+    arguments = x.shape[2], eps, x.data_ptr(), _row_stride(x), out.data_ptr()
+    _over_rows(x, lambda start, stop: kernels.root_mean_square(start, stop, *arguments))
+    return out
 
-    announce_first_compile(forward)
-    return forward
+
+def _row_stride(x: torch.Tensor) -> int:
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def _over_rows(x: torch.Tensor, loop: Callable[[int, int], None]) -> None:
+    run_items(loop, x.shape[0] * x.shape[1], serial=x.numel() < SERIAL_BELOW)
+
+
+@cache
+def _kernels() -> ModuleType:
+    from jambascope.kernels import rms_norm_cpu
+
+    announce_first_compile(rms_norm_cpu.forward)
+    return rms_norm_cpu

@@ -10,21 +10,34 @@ from jambascope.kernels.vectors import FAST, LANES, lane_sum, load, read, splat,
 ZERO = np.float32(0.0)
 
 
+@njit(inline="always", fastmath=FAST)
+def _mean_square(x, at, width, eps):
+    whole = width - width % LANES
+    squares = splat(ZERO)
+    for i in range(at, at + whole, LANES):
+        v = load(x, i)
+        squares = squares + v * v
+    total = lane_sum(squares)
+    for i in range(at + whole, at + width):
+        total += read(x, i) * read(x, i)
+    return total / np.float32(width) + eps
+
+
 @njit(nogil=True, cache=True, fastmath=FAST)
 def forward(start, stop, width, eps, x, stride, weight, out):
     """Rows ``start..stop``; x (rows ``stride`` apart), weight [width] and out [rows width] are addresses."""
     whole = width - width % LANES
     for row in range(start, stop):
         at, to = row * stride, row * width
-        squares = splat(ZERO)
-        for i in range(0, whole, LANES):
-            v = load(x, at + i)
-            squares = squares + v * v
-        total = lane_sum(squares)
-        for i in range(whole, width):
-            total += read(x, at + i) * read(x, at + i)
-        scale = np.float32(1.0 / np.sqrt(total / np.float32(width) + eps))
+        scale = np.float32(1.0 / np.sqrt(_mean_square(x, at, width, eps)))
         for i in range(0, whole, LANES):
             store(out, to + i, load(x, at + i) * scale * load(weight, i))
         for i in range(whole, width):
             write(out, to + i, read(x, at + i) * scale * read(weight, i))
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def root_mean_square(start, stop, width, eps, x, stride, out):
+    """Rows ``start..stop``; x (rows ``stride`` apart) and out [rows] are addresses."""
+    for row in range(start, stop):
+        write(out, row, np.float32(np.sqrt(_mean_square(x, row * stride, width, eps))))

@@ -106,5 +106,7 @@ def test_rms_norm_equals_torch(shape):
         assert rms_norm.fits(x, weight)
         expected = F.rms_norm(x.double(), shape[2:], weight.double(), 1e-6)
         torch.testing.assert_close(rms_norm.rms_norm(x, weight, 1e-6).double(), expected, rtol=1e-6, atol=1e-6)
+        expected = (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(rms_norm.root_mean_square(x, 1e-6).double(), expected, rtol=1e-6, atol=1e-6)
     assert not rms_norm.fits(x.double(), weight)
     assert not rms_norm.fits(x.requires_grad_(), weight), "gradients go through torch"
