@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from jambascope import HookedJamba
+
 COMMAND = [sys.executable, "-c", "from jambascope.cli import main; main()"]
 
 
@@ -72,6 +74,16 @@ def test_generate_continues_ids(directory, small_model):
     assert [line for line in result.stderr.splitlines() if "compiling the CPU kernel" not in line] == []
 
 
+def test_generate_with_experts_in_int8(directory):
+    result = run("generate", str(directory), "5 17 3", "--max-new-tokens", "6", "--quantize", "experts_int8")
+    assert result.returncode == 0, result.stderr
+    quantized = HookedJamba.from_pretrained(directory, quantize="experts_int8")
+    assert [int(word) for word in result.stdout.split()] == quantized.generate(torch.tensor([[5, 17, 3]]), 6)[
+        0
+    ].tolist()
+    assert "weights with --quantize experts_int8" in run("inspect", str(directory)).stdout
+
+
 def test_zoo_lists_what_ships():
     result = run("zoo")
     assert result.returncode == 0 and "jamba-micro" in result.stdout
@@ -85,6 +97,7 @@ def test_zoo_lists_what_ships():
         (["generate", "MODEL", "5 99"], 1, "token id 99 is outside the vocabulary"),
         (["generate", "MODEL", ""], 1, "is empty"),
         (["generate", "MODEL", "5", "--dtype", "int4"], 1, "dtype='int4' must be one of"),
+        (["generate", "MODEL", "5", "--quantize", "int4"], 1, "quantize='int4' is not known; use 'experts_int8'"),
         (["generate", "MODEL", "5", "--device", "cuda:77"], 1, "device='cuda:77' cannot be used here"),
         (["generate", "MODEL", "5", "--top-p", "7"], 1, "top_p=7.0"),
         (["generate", "MODEL"], 2, "Missing argument"),

@@ -1,9 +1,9 @@
 """The products of the CPU experts as one native call: gather, product, SwiGLU and product, tile by tile.
 
-torch's product of 32 rows with weights that are not in the cache runs at half of the processor's rate: it packs the
-weights first. Here they are read in place and once. A tile is WIDE vectors of tokens, side by side; ROWS rows of the
-weights stay in registers against it, one number of each broadcast to all tokens at a step, while the next rows are
-fetched. Measured on one core (AVX-512, weights of 100 MB, 32 rows): 92 Gflop/s, torch 55.
+A library's product of some tens of rows packs the weights before it multiplies, and with few rows to an expert that is
+much of its time. Here they are read in place and once. A tile is WIDE vectors of tokens, side by side; ROWS rows of the
+weights are held against it, one number of each broadcast to all tokens at a step, sums in registers, while the rows
+that follow are fetched.
 
 Bound: ``6 D F`` operations a pair, at the rate of the multiply-adds.
 """
