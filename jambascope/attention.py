@@ -88,8 +88,8 @@ class Attention(nn.Module):
         """The same attention with its scores and pattern laid open."""
         groups = self.n_heads // self.n_key_value_heads
         k, v = (repeat(m, "b s k p -> b s (k g) p", g=groups) for m in (k, v))
-        scores = einsum(q, k, "b t h p, b s h p -> b h t s") * self.d_head**-0.5
-        scores = self.hook_attn_scores(scores.masked_fill(~run.visible, float("-inf")))
+        scores = einsum(q * self.d_head**-0.5, k, "b t h p, b s h p -> b h t s")
+        scores = self.hook_attn_scores(scores.masked_fill_(~run.visible, float("-inf")))
         pattern = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         return einsum(self.hook_pattern(pattern), v, "b h t s, b s h p -> b t h p")
 

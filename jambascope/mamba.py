@@ -12,6 +12,7 @@ from torch import nn
 
 from jambascope.config import JambaConfig
 from jambascope.hook_point import HookPoint
+from jambascope.kernels import activations
 from jambascope.kernels.selective_scan import ScanResult, selective_scan
 from jambascope.norms import InnerNorm
 from jambascope.ssm_mixer import convolve, scan_with_listeners
@@ -101,13 +102,13 @@ class MambaMixer(nn.Module):
             arguments["gate"] = gate
         trajectory = self.hook_ssm_write.heard or self.hook_ssm_state.heard
         if self.hook_dt.heard or trajectory:
-            dt = F.softplus(dt.to(dtype) + self.dt_proj.bias.to(dtype))
+            dt = activations.step_size(dt, self.dt_proj.bias)
             dt = self.hook_dt(dt if mask is None else dt * mask[..., None])
         else:
             arguments.update(dt_bias=self.dt_proj.bias, dt_softplus=True)
         scan = self._scan_with_listeners(x, dt, arguments) if trajectory else selective_scan(x, dt, **arguments)
         if self.hook_y.heard:
-            scan = scan._replace(y=self.hook_y(scan.y) * F.silu(gate))
+            scan = scan._replace(y=activations.gated(self.hook_y(scan.y), gate))
         return scan
 
     def _scan_with_listeners(self, x: torch.Tensor, dt: torch.Tensor, arguments: dict) -> ScanResult:

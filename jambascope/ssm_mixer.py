@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from jambascope.hook_point import HookPoint
+from jambascope.kernels.activations import silu
 from jambascope.kernels.causal_conv import causal_conv1d, causal_conv1d_step, next_past
 from jambascope.kernels.selective_scan import StateEdits
 
@@ -26,10 +26,10 @@ def convolve(
     heard = hook.heard
     if past is not None and mask is None and x.shape[1] == 1:
         out, past = causal_conv1d_step(x[:, 0], conv1d.weight[:, 0], conv1d.bias, past, silu=not heard)
-        return (F.silu(hook(out[:, None])) if heard else out[:, None]), past
+        return (silu(hook(out[:, None])) if heard else out[:, None]), past
     out = causal_conv1d(x, conv1d.weight[:, 0], conv1d.bias, past, silu=not heard, mask=mask)
     new_past = None if past is None else next_past(x, past, mask)
-    return F.silu(hook(out)) if heard else out, new_past
+    return silu(hook(out)) if heard else out, new_past
 
 
 def scan_with_listeners(
