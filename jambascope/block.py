@@ -39,7 +39,7 @@ class Block(nn.Module):
             self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
             self.hook_mlp_out = HookPoint()  # [B T D]
         self.hook_resid_post = HookPoint()  # [B T D]
-        self._listeners, self._step_weights, self._step_sizes = listeners(self), decode.Weights(), None
+        self._listeners, self._parts, self._step_sizes = listeners(self), decode.Parts(self), None
         if config.mixers[layer] == "mamba" and config.d_inner % decode.CHANNELS == 0:
             self._step_sizes = decode.Sizes.of(config, layer)
 
@@ -51,25 +51,24 @@ class Block(nn.Module):
             stepped = self._step(x, run)
             if stepped is not None:
                 return stepped
-        may_reuse = not torch.is_grad_enabled() and not any(self._listeners)
         x = self.hook_resid_pre(x)
         if self.is_attention:
             out = self.hook_attn_out(self.attn(self.ln1(x), run))
         else:
             out = self.hook_mixer_out(self.mixer(self.ln1(x), run))
         _note_activation(run, out)
-        x = out.add_(x) if may_reuse else x + out
+        x = x + out
         if self.has_feed_forward:
             x = self.hook_resid_mid(x)
             out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
             _note_activation(run, out)
-            x = out.add_(x) if may_reuse else x + out
+            x = x + out
         return self.hook_resid_post(x)
 
     def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:
         """One token through a Mamba-1 layer in one call, where ``decode`` can."""
         memory = run.mamba_state(self.layer)
-        if memory is None or run.mask is not None:
+        if memory is None or run.mask is not None or not self._parts.intact():
             return None
         parts = self._modules
         feed_forward = decode.NO_FEED_FORWARD
@@ -79,7 +78,7 @@ class Block(nn.Module):
                 return None
             feed_forward = (parts["ln2"]._parameters["weight"], *parameters)
         mixer = parts["mixer"].parameters_of_step()
-        weights = self._step_weights.addresses((parts["ln1"]._parameters["weight"], *mixer, *feed_forward))
+        weights = self._parts.addresses((parts["ln1"]._parameters["weight"], *mixer, *feed_forward))
         if weights is None:
             return None
         out, *new = decode.mamba_block_step(

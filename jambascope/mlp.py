@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint, listeners
+from jambascope.hook_point import HookPoint
 from jambascope.state import Run
 
 
@@ -22,15 +22,13 @@ class DenseMLP(nn.Module):
         self.hook_pre = HookPoint()  # [B T F]
         self.hook_pre_linear = HookPoint()  # [B T F]
         self.hook_post = HookPoint()  # [B T F]
-        self._listeners = listeners(self)
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]"""
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.up_proj(x))
-        if torch.is_grad_enabled() or any(self._listeners):
-            return self.down_proj(self.hook_post(F.silu(pre) * pre_linear))
-        return self.down_proj(F.silu(pre, inplace=True).mul_(pre_linear))
+        act = F.silu(pre)
+        return self.down_proj(self.hook_post(act * pre_linear if torch.is_grad_enabled() else act.mul_(pre_linear)))
 
     def parameters_of_step(self) -> tuple[torch.Tensor | None, ...]:
         """As ``decode`` takes them: no router, gate, up, down."""

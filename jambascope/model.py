@@ -67,7 +67,6 @@ class HookedJamba(HookedRootModule):
             self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
             self.hook_logits = HookPoint()  # [B T V]
         self.hook_rows = hook_rows(config)
-        self._listeners = listeners(self)
         self.setup()
         self.to(parse_dtype(dtype))
         self.allocate(parse_device(device))
@@ -187,7 +186,7 @@ class HookedJamba(HookedRootModule):
         tokens, mask = self._prepare(input, attention_mask, prepend_bos, state)
         if return_type in ("loss", "both"):
             tokenization.check_predictions(tokens, mask)
-        nobody_looks = return_type is None and not any(self._listeners)
+        nobody_looks = return_type is None and not any(listeners(self))
         logits = self._run(tokens, mask, state, last_only=nobody_looks)
         if return_type in ("logits", None):
             return logits if return_type else None
@@ -242,9 +241,11 @@ class HookedJamba(HookedRootModule):
     ) -> torch.Tensor:
         """Logits [B T V], or [B 1 V] of the last position: at long context the others are most of the memory."""
         run = Run(*tokens.shape, tokens.device, mask, state, auxiliary)
-        if tokens.numel() > PIECE_TOKENS and not torch.is_grad_enabled() and not any(self._listeners):
+        if tokens.numel() > PIECE_TOKENS and not torch.is_grad_enabled() and not any(listeners(self)):
             run.piece_length = max(1, PIECE_TOKENS // len(tokens))
         x = self.hook_embed(self.embed(tokens))
+        if run.piece_length is not None:
+            x = x.clone()  # blocks write into it, and it may be somebody's
         for block in self.blocks:
             x = block(x, run)
         logits = self.hook_logits(self.unembed(self.ln_final(x[:, -1:] if last_only else x)))

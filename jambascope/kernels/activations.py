@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 from jambascope.kernels.compiling import announce_first_compile
-from jambascope.kernels.threads import run_items
+from jambascope.kernels.plain import is_plain
+from jambascope.kernels.threads import FLOAT32, run_items
 
 SERIAL_BELOW = 65_536
 """Elements below which waking another thread costs more than it saves."""
@@ -39,15 +40,19 @@ def step_size(
 
 
 def _fits(*tensors: torch.Tensor) -> bool:
-    return not torch.is_grad_enabled() and all(
-        v.dtype == torch.float32 and v.device.type == "cpu" and v.ndim == 3 and v.stride(2) == 1 and v.numel() > 0
-        for v in tensors
+    return (
+        not torch.is_grad_enabled()
+        and is_plain(*tensors)
+        and all(
+            v.dtype == torch.float32 and v.device.type == "cpu" and v.ndim == 3 and v.stride(2) == 1 and v.numel() > 0
+            for v in tensors
+        )
     )
 
 
 def _run(kind: str, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     kernels = _kernels()
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, **FLOAT32)
     where = (v for t in (x, other) for v in (t.data_ptr(), t.stride(0), t.stride(1)))
     arguments = getattr(kernels, kind), x.shape[1], x.shape[2], *where, out.data_ptr()
     rows = x.shape[0] * x.shape[1]

@@ -115,7 +115,6 @@ def scan_backward(
     block_E: int,
     gate: bool = True,
     softplus: bool = True,
-    initial_state: bool = False,
     decays: int = 2,
     every: int | None = None,
 ) -> Cost:
@@ -141,7 +140,7 @@ def scan_backward(
         written=cells * size * (2 + gate)
         + partials
         + 2 * B * T * N * size
-        + states * (1 + initial_state)
+        + 2 * states  # the gradients of A, by row, and of the initial state, asked for or not
         + B * E * (1 + softplus) * FLOAT
         + kept,
         flops=cells * (N * (4 + decays - 1 + 2 * (6 + gate) + 3) + 6 + gates + softplus * (2 + _SOFTPLUS + _SIGMOID)),

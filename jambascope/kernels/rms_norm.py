@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 
 from jambascope.kernels.compiling import announce_first_compile
-from jambascope.kernels.threads import run_items
+from jambascope.kernels.plain import is_plain
+from jambascope.kernels.threads import FLOAT32, run_items
 
 SERIAL_BELOW = 262_144
 """Elements below which waking another thread costs more than it saves."""
@@ -18,7 +19,7 @@ SERIAL_BELOW = 262_144
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether :func:`rms_norm` takes ``x``: float32 on the CPU, rows at one distance from each other, gradients off."""
-    if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or x.ndim != 3:
+    if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or x.ndim != 3 or not is_plain(x):
         return False
     batch, row, one = x.stride()
     rows_in_step = x.shape[0] == 1 or batch == x.shape[1] * row
@@ -32,7 +33,7 @@ def rms_norm(
 
     ``x`` may be a slice of wider rows; see :func:`fits`.
     """
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, **FLOAT32)
     kernels = _kernels()
     arguments = x.shape[2], eps, x.data_ptr(), _row_stride(x), weight.data_ptr(), out.data_ptr()
     _over_rows(x, lambda start, stop: kernels.forward(start, stop, *arguments))
@@ -41,7 +42,7 @@ def rms_norm(
 
 def root_mean_square(x: Float[torch.Tensor, "batch pos width"], eps: float) -> Float[torch.Tensor, "batch pos 1"]:
     """``sqrt(mean(x**2) + eps)`` over the last axis; see :func:`fits`."""
-    out = torch.empty(*x.shape[:2], 1)
+    out = torch.empty(*x.shape[:2], 1, **FLOAT32)
     kernels = _kernels()
     arguments = x.shape[2], eps, x.data_ptr(), _row_stride(x), out.data_ptr()
     _over_rows(x, lambda start, stop: kernels.root_mean_square(start, stop, *arguments))

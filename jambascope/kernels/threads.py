@@ -20,6 +20,8 @@ import torch
 from jambascope.kernels.compiling import NativeTask
 
 CUTS_PER_THREAD = 4
+FLOAT32 = {"dtype": torch.float32, "device": "cpu"}
+"""Of the tensors that loops write to by address, whatever torch's defaults are."""
 _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

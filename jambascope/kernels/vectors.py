@@ -166,7 +166,7 @@ def _define_bound(comparison: str):
     def bound(typingctx, v, limit):
         def codegen(context, builder, signature, args):
             other = _splat(builder, args[1])
-            return builder.select(builder.fcmp_ordered(comparison, args[0], other), args[0], other)
+            return builder.select(builder.fcmp_unordered(comparison, args[0], other), args[0], other)
 
         return lanes(lanes, types.float32), codegen
 
@@ -174,9 +174,9 @@ def _define_bound(comparison: str):
 
 
 maximum = _define_bound(">")
-"""The larger of each lane and a float32."""
+"""The larger of each lane and a float32; what is not a number stays so."""
 minimum = _define_bound("<")
-"""The smaller of each lane and a float32."""
+"""The smaller of each lane and a float32; what is not a number stays so."""
 
 
 @intrinsic

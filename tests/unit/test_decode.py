@@ -86,6 +86,66 @@ def test_hooks_of_torch_are_heard_too():
     assert len(heard) == 4, "the prefill and three tokens; none after the hook was removed"
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced_module(model):
+    mixer = model.blocks[0].mixer
+    doubled = Doubled(64, 32, bias=False)
+    doubled.weight = mixer.out_proj.weight
+    mixer.out_proj = doubled
+
+
+def replaced_forward(model):
+    forward = model.blocks[0].mixer.forward
+    model.blocks[0].mixer.forward = lambda *a: 2 * forward(*a)
+
+
+def parametrised(model):
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(model.blocks[0].mixer.in_proj, "weight", Twice())
+
+
+def transposed_weight(model):
+    out_proj = model.blocks[1].mlp.down_proj
+    out_proj.weight.data = out_proj.weight.data.clone().T.contiguous().T
+
+
+@pytest.mark.parametrize("change", [replaced_module, replaced_forward, parametrised, transposed_weight])
+def test_a_changed_layer_is_called(change):
+    model = make()
+    tokens = torch.randint(0, 50, (1, 8), generator=torch.Generator().manual_seed(5))
+    one_by_one(model, tokens)
+    change(model)
+    with torch.no_grad():
+        torch.testing.assert_close(one_by_one(model, tokens), model(tokens), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(dtype):
+    model = make(mixers=("mamba", "attention"), feed_forwards=("moe", "dense"))
+    tokens = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(6))
+
+    def run():
+        model.zero_grad()
+        model(tokens, return_type="loss").backward()
+        return one_by_one(model, tokens), model.run_with_cache(tokens)[0], model.embed.weight.grad.clone()
+
+    expected = run()
+    try:
+        torch.set_default_dtype(dtype)
+        results = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, truth)
+
+
 def test_replaced_weights_are_seen():
     model = make()
     tokens = torch.randint(0, 50, (1, 6), generator=torch.Generator().manual_seed(3))

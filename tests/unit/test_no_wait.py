@@ -70,6 +70,13 @@ def test_a_forward_pass_never_waits(call, gradients, fake_cuda):
     assert first.device.type == "cuda"
 
 
+def test_many_states(fake_cuda):
+    pytest.importorskip("triton", reason="the kernels for GPUs need the triton package")
+    model = make(d_state=20)
+    with fake_cuda(), torch.no_grad():
+        assert place(model)(torch.zeros(2, 9, dtype=torch.long, device="cuda")).device.type == "cuda"
+
+
 def test_half_precision_and_a_long_sequence(fake_cuda):
     pytest.importorskip("triton", reason="the kernels for GPUs need the triton package")
     model = make(dtype=torch.bfloat16)

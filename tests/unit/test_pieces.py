@@ -74,3 +74,14 @@ def test_gradients_are_as_ever(tokens, monkeypatch):
     monkeypatch.setattr(model_module, "PIECE_TOKENS", 14)
     model(tokens, return_type="loss").backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_embeddings_that_are_somebodys_are_left_alone(tokens, monkeypatch):
+    model = make("jamba")
+    monkeypatch.setattr(model_module, "PIECE_TOKENS", 14)
+    fixed = model.embed(tokens)
+    model.embed.forward = lambda _: fixed
+    before = fixed.clone()
+    model(tokens)
+    assert torch.equal(fixed, before)

@@ -50,7 +50,7 @@ def some_positions(length):
 def marks(batch, length):
     """Padding at the left, in between and at the right, and documents that begin anywhere, also at padding."""
     generator = torch.Generator().manual_seed(5)
-    mask = torch.rand(batch, length, generator=generator) > 0.2
+    mask = torch.rand(length, batch, generator=generator).T > 0.2  # transposed in memory
     mask[0, -(length // 4) :] = length < 4
     mask[-1, : length // 4] = False
     return dict(mask=mask, resets=torch.rand(batch, length, generator=generator) < 0.15)
@@ -293,6 +293,31 @@ def test_two_threads_may_scan_at_once():
     assert len(results) == 4 and all(torch.equal(y, expected) for y in results.values())
 
 
+@pytest.mark.parametrize("name", ["x", "dt", "B", "gate", "initial_state"])
+def test_what_is_not_a_number_stays_so(name):
+    a = {k: v.float() for k, v in make(1, 6, 17, 3).items()} | dict(dt_bias=torch.zeros(17))
+    a[name][0, 2] = float("nan")
+    expected = selective_scan(**a, dt_softplus=True, backend="reference").y.isnan()
+    assert expected.any()
+    assert torch.equal(selective_scan(**a, dt_softplus=True, backend="cpu").y.isnan(), expected)
+
+
+def test_decays_in_half_precision_are_widened_first():
+    a = {k: v.float() for k, v in make(1, 30, 16, 4).items()}
+    a["A"] = a["A"].bfloat16()
+    expected = selective_scan(**a, backend="reference").y
+    torch.testing.assert_close(selective_scan(**a, backend="cpu").y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode_and_func_transforms_go_through_torch():
+    a = {k: v.float() for k, v in make(1, 5, 3, 2).items()}
+    x = a.pop("x")
+    _, tangent = torch.func.jvp(lambda x: selective_scan(x, **a).y, (x,), (torch.ones_like(x),))
+    expected = selective_scan(torch.ones_like(x), **a).y  # linear in x, but for the state it starts from
+    expected = expected - selective_scan(torch.zeros_like(x), **a).y
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_arguments_are_named():
     a = {k: v.float() for k, v in make(2, 6, 4, 3).items()}
     with pytest.raises(InputError, match=r"dt has shape .*must be \(2, 6, 4\)"):
@@ -311,6 +336,12 @@ def test_bad_arguments_are_named():
         selective_scan(**a, capture="some")
     with pytest.raises(InputError, match="mask is torch.int64; give booleans"):
         selective_scan(**a, mask=torch.ones(2, 6, dtype=torch.long))
+    with pytest.raises(InputError, match="axis of size 0"):
+        selective_scan(**{k: v[:0] if v.ndim == 3 else v for k, v in a.items()})
+    with pytest.raises(InputError, match="edits must be a StateEdits"):
+        selective_scan(**a, edits=([0], None, None))
+    with pytest.raises(InputError, match="x and A are"):
+        selective_scan(**a | dict(x=a["x"][0]))
     with pytest.raises(InputError, match="no positions"):
         selective_scan(**a | {k: a[k][:, :0] for k in ("x", "dt", "B", "C", "gate")})
     with pytest.raises(ConfigError, match="backend='warp'"):

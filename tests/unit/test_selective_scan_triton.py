@@ -61,8 +61,8 @@ def make(batch, length, channels, states, options=OPTIONS["everything"], seed=0)
     if "dt_bias" not in options:
         tensors["dt"] = F.softplus(tensors["dt"])
     if "marks" in options:
-        keywords["mask"] = torch.rand(batch, length, generator=generator) > 0.3
-        keywords["resets"] = torch.rand(batch, length, generator=generator) > 0.7
+        keywords["mask"] = torch.rand(length, batch, generator=generator).T > 0.3  # transposed in memory
+        keywords["resets"] = torch.rand(length, batch, generator=generator).T > 0.7
     if "capture" in options:
         keywords |= dict(capture=positions, capture_channels=sorted({0, channels // 2, channels - 1}))
     if "capture-all" in options:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels.causal_conv import cpu, reference, triton
 from jambascope.kernels.causal_conv.interface import neighbours, next_past
+from jambascope.kernels.plain import is_plain
 from jambascope.kernels.triton_runtime import can_launch
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "next_past"]
@@ -84,6 +85,7 @@ def _chosen(backend: str, x: torch.Tensor, weight: torch.Tensor):
     narrow = weight.shape[1] <= _WIDEST
     if backend == "auto":
         fast = "cpu" if x.device.type == "cpu" else "triton"
+        floats = floats and (fast == "triton" or is_plain(x))
         backend = fast if floats and narrow and (fast == "cpu" or can_launch(x)) else "reference"
     if backend not in _BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of {sorted(_BACKENDS)}; use 'auto' to have one chosen")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from jambascope.kernels.causal_conv.interface import Neighbours
 from jambascope.kernels.compiling import announce_first_compile
-from jambascope.kernels.threads import run_items
+from jambascope.kernels.threads import FLOAT32, run_items
 
 SERIAL_BELOW = 65_536
 """Inputs below which waking another thread costs more than it saves."""
@@ -42,7 +42,7 @@ def step(
 
     rows, weight, bias, past_rows = _prepared(x, weight, bias, past)
     (batch, channels), width = rows.shape, weight.shape[1]
-    out, new_past = torch.empty_strided((batch, channels), (channels, 1)), torch.empty_like(past_rows)
+    out, new_past = torch.empty_strided((batch, channels), (channels, 1), **FLOAT32), torch.empty_like(past_rows)
     announce_first_compile(k.step)
     k.step(
         batch, channels, rows.data_ptr(), rows.stride(0), past_rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
@@ -85,7 +85,7 @@ def _forward(x, weight, bias, past, silu: bool, tables: Neighbours | None) -> to
     from jambascope.kernels.causal_conv import cpu_kernels as k
 
     batch, length, channels = x.shape
-    out = torch.empty(batch, length, channels)
+    out = torch.empty(batch, length, channels, **FLOAT32)
     source = _NO_TABLE if tables is None else tables.source.numpy()
     inputs = _addresses(x, weight, bias, past)
     into, taps = out.data_ptr(), _taps(weight.shape[1])
@@ -113,11 +113,14 @@ class _Conv(torch.autograd.Function):
         x, weight, bias, past = ctx.saved_tensors
         (batch, length, channels), width = x.shape, weight.shape[1]
         dout = dout.contiguous()
-        grad_x, grad_past = torch.empty(batch, length, channels), torch.empty(batch, width - 1, channels)
+        grad_x, grad_past = (
+            torch.empty(batch, length, channels, **FLOAT32),
+            torch.empty(batch, width - 1, channels, **FLOAT32),
+        )
         own = batch * -(-length // k.CHUNK)  # work items that own positions, and that own inputs
         items = batch * -(-(width - 1 + length) // k.CHUNK)
         sums = items if ctx.tables is None else own
-        grad_weight, grad_bias = torch.empty(sums, width, channels), torch.empty(sums, channels)
+        grad_weight, grad_bias = torch.empty(sums, width, channels, **FLOAT32), torch.empty(sums, channels, **FLOAT32)
         inputs = (length, channels, *_addresses(x, weight, bias, past), _taps(width), ctx.silu, dout.data_ptr())
         by_input, by_sum = ([v.data_ptr() for v in pair] for pair in ((grad_x, grad_past), (grad_weight, grad_bias)))
         serial = x.numel() < SERIAL_BELOW
@@ -126,7 +129,7 @@ class _Conv(torch.autograd.Function):
             run_items(lambda start, stop: k.backward(start, stop, *inputs, *by_input, *by_sum), items, serial)
         else:
             source, target = (v.numpy() for v in ctx.tables)
-            through = torch.empty(batch, length, channels)
+            through = torch.empty(batch, length, channels, **FLOAT32)
             address = through.data_ptr()
             announce_first_compile(k.backward_weights)
             run_items(

@@ -45,7 +45,7 @@ def neighbours(
     target = torch.full((batch, past + length + 1, width), -1, dtype=torch.int32, device=device)
     positions = torch.arange(length, dtype=torch.int32, device=device)[None, :, None].expand_as(source)
     target.scatter_(1, torch.where(visible, source, past + length), positions)
-    return Neighbours(source.int(), target[:, :-1].contiguous())
+    return Neighbours(source.int().contiguous(), target[:, :-1].contiguous())
 
 
 def next_past(

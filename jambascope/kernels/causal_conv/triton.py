@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from jambascope.kernels import triton_runtime
 from jambascope.kernels.causal_conv.interface import Neighbours
 from jambascope.kernels.compile_check import CompileCase
 
@@ -73,11 +74,12 @@ def _forward(
 
     (batch, length, channels), width = x.shape, weight.shape[1]
     out = x.new_empty(batch, length, channels)
-    k.forward_kernel[_programs(*x.shape)](
-        x, x.stride(0), x.stride(1), weight, bias, past, source, out, length, channels,
-        K=width, SILU=silu, HAS_BIAS=bias is not None, HAS_PAST=past is not None and width > 1,
-        TABLES=source is not None, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with triton_runtime.on(x.device):
+        k.forward_kernel[_programs(*x.shape)](
+            x, x.stride(0), x.stride(1), weight, bias, past, source, out, length, channels,
+            K=width, SILU=silu, HAS_BIAS=bias is not None, HAS_PAST=past is not None and width > 1,
+            TABLES=source is not None, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -107,13 +109,15 @@ def _backward(
     grad_x = x.new_empty(batch, length, channels)
     grad_past = (x if past is None else past).new_empty(batch, width - 1, channels)
     sizes = dict(K=width, TABLES=source is not None, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS)
-    k.backward_weights_kernel[_programs(*x.shape)](
-        x, x.stride(0), x.stride(1), weight, bias, past, source, dout, through, grad_weight, grad_bias,
-        length, channels, SILU=silu, HAS_BIAS=bias is not None, HAS_PAST=past is not None and width > 1, **sizes,
-    )  # fmt: skip
-    k.backward_inputs_kernel[_programs(batch, width - 1 + length, channels)](
-        weight, target, through, grad_x, grad_past, length, channels, **sizes
-    )
+    with triton_runtime.on(x.device):
+        k.backward_weights_kernel[_programs(*x.shape)](
+            x, x.stride(0), x.stride(1), weight, bias, past, source, dout, through, grad_weight, grad_bias,
+            length, channels, SILU=silu, HAS_BIAS=bias is not None, HAS_PAST=past is not None and width > 1, **sizes,
+        )  # fmt: skip
+    with triton_runtime.on(x.device):
+        k.backward_inputs_kernel[_programs(batch, width - 1 + length, channels)](
+            weight, target, through, grad_x, grad_past, length, channels, **sizes
+        )
     return grad_x, grad_weight.sum(0).T.contiguous(), grad_bias.sum(0), grad_past
 
 
@@ -132,10 +136,11 @@ def _step(
 
     batch, channels = x.shape
     out, new_past = x.new_empty(batch, channels), past.new_empty(past.shape)
-    k.step_kernel[(batch * -(-channels // STEP_BLOCK_E),)](
-        x, x.stride(0), weight, bias, past, out, new_past, channels,
-        K=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, BLOCK_E=STEP_BLOCK_E, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with triton_runtime.on(x.device):
+        k.step_kernel[(batch * -(-channels // STEP_BLOCK_E),)](
+            x, x.stride(0), weight, bias, past, out, new_past, channels,
+            K=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, BLOCK_E=STEP_BLOCK_E, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return out, new_past
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels import triton_runtime
+from jambascope.kernels.plain import is_plain
 from jambascope.kernels.selective_scan.interface import (
     Options,
     ScanResult,
@@ -75,8 +76,8 @@ def selective_scan(
         ConfigError: an unknown backend, or one that cannot take these tensors.
         InputError: shapes that do not fit, or positions or channels out of range, unsorted or repeated.
     """
-    length, d_inner = x.shape[1:]
     _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets)
+    length, d_inner = x.shape[1:]
     if capture is not None:
         capture = checked_indices(capture, length, "capture", "positions")
     if capture_channels is not None:
@@ -94,7 +95,7 @@ def selective_scan(
 def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
     if name == "auto":
         if x.device.type == "cpu":
-            name = "reference" if x.dtype == torch.float64 else "cpu"
+            name = "cpu" if x.dtype != torch.float64 and is_plain(x) else "reference"
         else:
             name = "triton" if triton_runtime.can_launch(x) and x.dtype != torch.float64 else "reference"
     if name not in BACKENDS:
@@ -112,10 +113,15 @@ def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
 
 
 def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets) -> None:
-    batch, length, d_inner = x.shape
-    d_state = A.shape[-1]
+    if x.ndim != 3 or A.ndim != 2 or not x.is_floating_point():
+        raise InputError(
+            f"x and A are {x.dtype} {tuple(x.shape)} and {tuple(A.shape)}; give floating-point [B T E] and [E N]"
+        )
+    (batch, length, d_inner), d_state = x.shape, A.shape[1]
     if length == 0:
         raise InputError("x has no positions (shape [B 0 E]); a scan needs at least one")
+    if 0 in (batch, d_inner, d_state):
+        raise InputError(f"x {tuple(x.shape)} and A {tuple(A.shape)} have an axis of size 0; a scan needs at least one")
     expected = {
         "dt": (dt, (batch, length, d_inner)),
         "A": (A, (d_inner, d_state)),
@@ -131,12 +137,16 @@ def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets)
     for name, (value, shape) in expected.items():
         if value is not None and tuple(value.shape) != shape:
             raise InputError(f"{name} has shape {tuple(value.shape)}; with x {tuple(x.shape)} it must be {shape}")
+        if value is not None and value.device != x.device:
+            raise InputError(f"{name} is on {value.device} and x on {x.device}; move one of them")
     for name, value in (("mask", mask), ("resets", resets)):
         if value is not None and value.dtype != torch.bool:
             raise InputError(f"{name} is {value.dtype}; give booleans ({name}.bool())")
 
 
 def _checked_edits(edits: StateEdits, x: torch.Tensor, A: torch.Tensor) -> StateEdits:
+    if not isinstance(edits, StateEdits) or not all(isinstance(v, torch.Tensor) for v in edits[1:]):
+        raise InputError("edits must be a StateEdits(positions, scale, shift) with tensors [B E P N]")
     positions = checked_indices(edits.positions, x.shape[1], "edits.positions", "positions")
     expected = (x.shape[0], x.shape[2], len(positions), A.shape[1])
     for name in ("scale", "shift"):

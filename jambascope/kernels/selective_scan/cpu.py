@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.selective_scan.interface import Options, ScanResult
-from jambascope.kernels.threads import run_items
+from jambascope.kernels.threads import FLOAT32, run_items
 
 LOG2_E = math.log2(math.e)
 SERIAL_BELOW = 65_536
@@ -130,7 +130,7 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     # States go in and come out as [.. N E]: the layout in which the loop reads a lane block as one vector.
     given = (
         (length, d_inner, d_state, 0 if scale is None else scale.shape[2]),
-        *map(_flat, (x, dt, A.T * LOG2_E, B, C, D)),
+        *map(_flat, (x, dt, A.detach().float().T * LOG2_E, B, C, D)),
         *_rows(gate),
         _flat(dt_bias),
         plan.dt_softplus,
@@ -140,11 +140,11 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
         plan.capture_slot,
         plan.channel_slot,
     )
-    y = torch.empty(batch, length, d_inner)
-    final = torch.empty(batch, d_state, d_inner)
+    y = torch.empty(batch, length, d_inner, **FLOAT32)
+    final = torch.empty(batch, d_state, d_inner, **FLOAT32)
     positions, channels = plan.captured_size
-    captured = torch.empty(batch, positions, d_state, channels)
-    checkpoints = torch.empty(batch, -(-length // chunk) if keep else 0, d_state, d_inner)
+    captured = torch.empty(batch, positions, d_state, channels, **FLOAT32)
+    checkpoints = torch.empty(batch, -(-length // chunk) if keep else 0, d_state, d_inner, **FLOAT32)
     outputs = _flat(y), _flat(final), captured.numpy(), _flat(checkpoints)
     start_state = _flat(None if h0 is None else h0.mT)
     announce_first_compile(k.forward)
@@ -173,15 +173,15 @@ class _Scan(torch.autograd.Function):
         x, _, A, *_, gate, dt_bias, h0, scale, _ = inputs
         (batch, length, d_inner), d_state = x.shape, A.shape[1]
         groups = min(d_inner // k.LANES, max(1, -(-16 // batch)))
-        grad_x, grad_dt = torch.empty(2, batch, length, d_inner)
-        grad_gate = torch.empty(batch, length, d_inner) if gate is not None else torch.empty(0)
-        grad_A = torch.empty(batch, d_state, d_inner)
-        grad_D = torch.empty(batch, d_inner)
+        grad_x, grad_dt = torch.empty(2, batch, length, d_inner, **FLOAT32)
+        grad_gate = torch.empty(batch, length, d_inner, **FLOAT32) if gate is not None else torch.empty(0, **FLOAT32)
+        grad_A = torch.empty(batch, d_state, d_inner, **FLOAT32)
+        grad_D = torch.empty(batch, d_inner, **FLOAT32)
         # Zeros: with blocks that do not divide evenly, a trailing group may own none and write only its sums.
-        grad_B, grad_C = torch.zeros(2, batch, groups, length, d_state)
-        grad_h0 = torch.empty(batch, d_state, d_inner) if h0 is not None else torch.empty(0)
+        grad_B, grad_C = torch.zeros(2, batch, groups, length, d_state, **FLOAT32)
+        grad_h0 = torch.empty(batch, d_state, d_inner, **FLOAT32) if h0 is not None else torch.empty(0, **FLOAT32)
         n_edits = 0 if scale is None else scale.shape[2]
-        grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner)
+        grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner, **FLOAT32)
         above = _flat(dy), _flat(dfinal.mT), dcaptured.to(torch.float32).contiguous().numpy()
         announce_first_compile(k.backward)
         into = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_gate, grad_h0, grad_scale, grad_shift)

@@ -74,7 +74,9 @@ def make_marks(
     if mask is None and resets is None:
         return None
     marks = 0 if resets is None else resets.to(torch.uint8) * RESET
-    return marks if mask is None else marks + (~mask).to(torch.uint8) * PADDING
+    if mask is not None:
+        marks = marks + (~mask).to(torch.uint8) * PADDING
+    return marks.contiguous()  # as kernels read it; a transposed mask would have passed on its strides
 
 
 def checked_indices(indices: Sequence[int] | Literal["all"], size: int, name: str, what: str) -> np.ndarray:

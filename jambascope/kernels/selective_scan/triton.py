@@ -124,8 +124,8 @@ def _scan_in_blocks(x, dt, A, B, C, D, options: Options) -> ScanResult:
     """More than MAX_STATES states: one scan for every MAX_STATES of them, their read-outs added."""
     wide = x.float(), dt.float()
     results = []
-    for n in torch.arange(A.shape[1]).split(MAX_STATES):
-        n = slice(int(n[0]), int(n[-1]) + 1)
+    for first in range(0, A.shape[1], MAX_STATES):
+        n = slice(first, min(first + MAX_STATES, A.shape[1]))
         h0, edits = options.initial_state, options.edits
         part = options._replace(
             gate=None,

@@ -31,7 +31,7 @@ PADDING = tl.constexpr(2)
 def softplus(v):
     """log(1 + exp(v)); v itself above 20, where float32 cannot tell them apart. Exact to rounding for very negative v:
     log(w) / (w - 1) cancels the rounding of w = 1 + exp(v)."""
-    u = tl.exp(tl.minimum(v, 20.0))
+    u = tl.exp(tl.minimum(v, 20.0, propagate_nan=tl.PropagateNan.ALL))
     w = 1.0 + u
     rounded = tl.where(w == 1.0, 1.0, w - 1.0)
     return tl.where(v > 20.0, v, tl.where(w == 1.0, u, tl.log(w) * (u / rounded)))

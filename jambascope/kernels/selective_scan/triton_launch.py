@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
+
+from jambascope.kernels import triton_runtime
 
 CHUNK = 32
 """Positions between two checkpoints of the state."""
@@ -34,11 +35,6 @@ def lanes() -> int:
 def padded_states(d_state: int, lanes: int) -> int:
     """A power of two; with 64 lanes 1 or 16, since fewer would leave more addresses in scalar registers than fit."""
     return 16 if lanes == 64 and d_state > 1 else 1 << (d_state - 1).bit_length()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
@@ -93,7 +89,7 @@ def scan_forward(
         **layout(block_e, False, edit_slot is not None, capture_slot is not None, d_state),
     )  # fmt: skip
     grid = (batch * segments * -(-d_inner // block_e),)
-    with _on(x.device):
+    with triton_runtime.on(x.device):
         starts = h0
         if segments > 1:
             ends, products, starts = last.new_empty(3, batch, segments, d_state, d_inner)
@@ -165,7 +161,7 @@ def scan_backward(
     if not n_captured:
         dcaptured = None
     grid = (batch * segments * blocks,)
-    with _on(x.device):
+    with triton_runtime.on(x.device):
         lambdas = dlast
         if segments > 1:
             ends, products, lambdas = A.new_empty(3, batch, segments, d_state, d_inner)
@@ -223,7 +219,7 @@ def state_update(
     y, new_state = x.new_empty(batch, d_inner), torch.empty_like(state)
     block_n = 1 << (d_state - 1).bit_length()
     block_e = max(1, STATES_PER_STEP // block_n)
-    with _on(x.device):
+    with triton_runtime.on(x.device):
         k.state_update_kernel[(batch * -(-d_inner // block_e),)](
             state, x, dt, A, B, C, D, gate, bias, y, new_state, d_inner, *state.stride(), *A.stride(), x.stride(0),
             dt.stride(0), B.stride(0), C.stride(0), 0 if gate is None else gate.stride(0),
