@@ -99,10 +99,10 @@ def choose(names: list[str] | None, races: dict[str, Race]) -> list[Race]:
 
 
 def settings(races: list[Race], d_models: list[int], batch: int, lengths: list[int]) -> Iterator[tuple[Race, Setting]]:
-    """Every race at every size, lengths ascending, so that a longer one can be foreseen."""
-    for d_model in d_models:
+    """Every race once at every size, lengths ascending, so that a longer one can be foreseen."""
+    for d_model in dict.fromkeys(d_models):
         for race in races:
-            for length in sorted(lengths) if race.by_length else [0]:
+            for length in sorted(set(lengths)) if race.by_length else [0]:
                 yield race, Setting(d_model, 1 if race.one_row else batch, length)
 
 

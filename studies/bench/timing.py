@@ -86,17 +86,17 @@ class Forecast:
     """What a side will take at a length, from what it took at shorter ones."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple, list[tuple[int, float]]] = {}
+        self._seen: dict[tuple, dict[int, float]] = {}
 
     def note(self, side: tuple, length: int, ms: float) -> None:
-        self._seen.setdefault(side, []).append((length, ms))
+        self._seen.setdefault(side, {})[length] = ms
 
     def ms(self, side: tuple, length: int) -> float | None:
         """A power law through the last two lengths, its exponent within 0 to 2.5; None with nothing to go by.
 
         From one length alone a quarter of what is proportional: part of the cost may not depend on the length.
         """
-        seen = sorted(s for s in self._seen.get(side, []) if s[0] < length)
+        seen = sorted(s for s in self._seen.get(side, {}).items() if s[0] < length)
         if not seen:
             return None
         t, ms = seen[-1]

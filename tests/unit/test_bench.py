@@ -125,6 +125,8 @@ def test_forecast_follows_the_power_law_of_the_last_two_lengths():
     forecast.note(("a",), 128, 40.0)
     assert forecast.ms(("a",), 512) == pytest.approx(640)  # quadratic
     assert forecast.ms(("b",), 512) is None
+    forecast.note(("a",), 128, 40.0)
+    assert forecast.ms(("a",), 512) == pytest.approx(640)  # the same length again
 
 
 def test_ratios_are_of_neighbouring_runs():
@@ -138,7 +140,7 @@ def test_ratios_are_of_neighbouring_runs():
 
 
 def test_the_plan_foresees_longer_lengths_and_asks_for_slow_races_only_by_name():
-    plan = list(settings([RACES["scan"], RACES["load"], RACES["generate"]], [128], 4, [512, 64]))
+    plan = list(settings([RACES["scan"], RACES["load"], RACES["generate"]], [128, 128], 4, [512, 64, 512]))
     assert [(race.name, at.batch, at.length) for race, at in plan] == [
         ("scan", 4, 64), ("scan", 4, 512), ("load", 4, 0), ("generate", 1, 64), ("generate", 1, 512),
     ]  # fmt: skip
