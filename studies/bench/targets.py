@@ -129,14 +129,14 @@ def against_bounds(summaries: Sequence[Summary]) -> list[str]:
         where = f"d_model {d_model}, batch {batch} x {length:,}"
         if OURS not in sides:
             continue
-        if race in ("prefill", "experts") and PRODUCTS in sides:
+        if race in ("prefill", "experts") and PRODUCTS in sides and sides[PRODUCTS].ratio is not None:
             outside = 1 - sides[PRODUCTS].ratio
             lines.append(f"{race}, {where}: {100 * outside:.0f}% of the time is spent outside its matrix products")
-        if race == "scan" and COPY in sides:
+        if race == "scan" and COPY in sides and sides[COPY].ratio is not None:
             count, moved = scan_sizes(Setting(d_model, batch, length))
             exp = EXP_REGISTERS if EXP_REGISTERS in sides else EXP_INTO
             line = f"scan, {where}: {1e-6 * moved / sides[OURS].median:.3g} GB/s, {sides[COPY].ratio:.1%} of a copy's"
-            if exp in sides:
+            if exp in sides and sides[exp].ratio is not None:
                 rate = 1e-6 * count / sides[OURS].median
                 line += f"; {rate:.3g} G exponentials/s, {sides[exp].ratio:.1%} of {exp}'s"
             lines.append(line)
