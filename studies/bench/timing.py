@@ -203,7 +203,8 @@ def _hopeless(side: Side, clock: Clock, budget: Budget, expected_ms: float | Non
         return f"needs about {side.bytes / 1e9:.3g} GB of memory; {free / 1e9:.3g} GB are free"
     if expected_ms is not None and expected_ms * budget.repeats > 1e3 * budget.seconds:
         least = f"a run should take {expected_ms / 1e3:.3g} s or more"
-        return f"{least}; {budget.repeats} {'exceeds' if budget.repeats == 1 else 'exceed'} --budget {budget.seconds:g} s"
+        exceed = "exceeds" if budget.repeats == 1 else "exceed"
+        return f"{least}; {budget.repeats} {exceed} --budget {budget.seconds:g} s"
     return None
 
 
