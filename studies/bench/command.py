@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ LENGTHS = [64, 128, 512]
 FULL_LENGTHS = [64, 128, 512, 2048, 8192, 32768]
 D_MODELS = [128, 512]
 BUDGET, FULL_BUDGET = 10.0, 100.0
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 WIDTH = 150
 """Columns of the tables where nobody's terminal says how many there are."""
 
@@ -34,7 +37,7 @@ def bench(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Lengths up to 32,768, and the budget for them.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per pass.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median counts.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side, at least; the median counts.")] = 7,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -67,25 +70,45 @@ def bench(
     for width in d_model or []:
         if width % 64 and width not in (2, 4, 8, 16, 32):
             raise ConfigError(f"d_model={width} must be a multiple of 64, for heads of 32 (or 16 or 32)")
-    for path in (out, page):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: {path.parent} is not a directory; create it first")
+    _check_writable([path for path in (out, page) if path is not None])
     where = parse_device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r} cannot be raced on; it must be cpu or cuda")
     lengths = length or (FULL_LENGTHS if full else LENGTHS)
     seconds = budget or (FULL_BUDGET if full else BUDGET)
     plan = list(settings(choose(race, RACES), d_model or D_MODELS, batch, lengths))
-    results, note = Results(), ""
+    results, note, status = Results(), "", 0
     with models.temporary_directory() as directory, show_progress(len(plan)) as progress:
         models.quiet_libraries()
-        lab = models.Lab(where, Path(directory), tuple(length or ()))
+        lab = models.Lab(where, Path(directory), tuple(sorted(set(length or ()))))
         try:
             run(lab, clock_for(where), plan, repeats, seconds, progress, results)
         except KeyboardInterrupt:
             note = "Interrupted: what follows the last row was not measured."
+            status = INTERRUPTED
+    if not status and any(skip.failed for skip in results.skips):
+        note, status = "A side of jambascope's own failed: see what was left out.", 1
     report = make_report(results, RACES, where, shlex.join(["jambascope", *sys.argv[1:]]), note)
     console = Console()
     print_report(report, RACES, console if console.is_terminal else Console(width=WIDTH))
-    if out is not None:
-        write_json(report, out)
-    if page is not None:
-        write_html(report, RACES, page)
+    for path, write in ((out, lambda: write_json(report, out)), (page, lambda: write_html(report, RACES, page))):
+        try:
+            if path is not None:
+                write()
+        except OSError as e:  # the other may still be written
+            typer.echo(f"{path} could not be written: {e}", err=True)
+            status = status or 1
+    if status:
+        raise typer.Exit(status)
+
+
+def _check_writable(paths: list[Path]) -> None:
+    from jambascope.errors import ConfigError
+
+    for path in paths:
+        if path.is_dir():
+            raise ConfigError(f"{path} cannot be written: it is a directory; name a file")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: {path.parent} is not a directory; create it first")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{path} cannot be written: permission denied; name another file")

@@ -75,5 +75,5 @@ def long_pass(lab: Lab, at: Setting) -> Iterator[tuple[str, str, float] | tuple[
 LOAD = Race("load", "Loading a checkpoint", load_sides, by_length=False, extra=load_peaks)
 LONG = Race(
     "long", "Long contexts", long_sides, by_length=False, one_row=True, extra=long_pass,
-    per_token=True, patience=10, opt_in=True,
+    per_token=True, patience=10, opt_in=True, all_ours=True,
 )  # fmt: skip

@@ -123,4 +123,4 @@ PREFILL = Race("prefill", "Forward pass to logits", prefill_sides, bounds=(PRODU
 CACHE = Race("cache", "run_with_cache, default cache", cache_sides)
 GENERATE = Race("generate", f"{NEW_TOKENS} tokens after a prompt of T", generation_sides, one_row=True)
 TRAIN = Race("training-step", "Training step", training_sides)
-HOOKS = Race("hooks", "What hook points cost", hook_sides, baseline=BARE, precise=8)
+HOOKS = Race("hooks", "What hook points cost", hook_sides, baseline=BARE, precise=8, all_ours=True)

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jambascope.errors import InputError
-from jambascope.studies.bench.timing import Budget, Clock, Forecast, Side, run_race
+from jambascope.studies.bench.timing import Budget, Clock, Failure, Forecast, Side, failure, run_race
 
 if TYPE_CHECKING:
     from jambascope.studies.bench.models import Lab
 
 OURS = "jambascope"
+EVERY_SIDE = "every side"
+"""Of a race that could not be set up."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Skip:
     batch: int
     length: int
     reason: str
+    failed: bool = False
+    """Whether it is our own side, or the race's setting up, and the reason an error."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Race:
     per_token: bool = False
     """Times are microseconds per token."""
     opt_in: bool = False
+    all_ours: bool = False
+    """No side is a peer's."""
 
 
 @dataclass
@@ -99,10 +105,10 @@ def choose(names: list[str] | None, races: dict[str, Race]) -> list[Race]:
 
 
 def settings(races: list[Race], d_models: list[int], batch: int, lengths: list[int]) -> Iterator[tuple[Race, Setting]]:
-    """Every race at every size, lengths ascending, so that a longer one can be foreseen."""
-    for d_model in d_models:
+    """Every race once at every size, lengths ascending, so that a longer one can be foreseen."""
+    for d_model in dict.fromkeys(d_models):
         for race in races:
-            for length in sorted(lengths) if race.by_length else [0]:
+            for length in sorted(set(lengths)) if race.by_length else [0]:
                 yield race, Setting(d_model, 1 if race.one_row else batch, length)
 
 
@@ -120,7 +126,11 @@ def run(
     for i, (race, at) in enumerate(plan):
         where = f"{race.name}, d_model {at.d_model}" + (f", batch {at.batch} x {at.length}" if at.length else "")
         progress(i, f"{where}: setting up")
-        sides = race.sides(lab, at)
+        try:
+            sides = race.sides(lab, at)
+        except Exception as e:  # the other races are still worth running
+            results.skips.append(_skip(race, at, EVERY_SIDE, failure(e)))
+            continue
         results.skips += [_skip(race, at, name, why) for name, why in sides.items() if isinstance(why, str)]
         sides = {name: side for name, side in sides.items() if isinstance(side, Side)}
         times, skipped = run_race(
@@ -138,17 +148,25 @@ def run(
             scale, quantity = (1e3 / (at.batch * length), "us per token") if race.per_token else (1.0, "ms")
             sizes = race.name, name, at.d_model, at.batch, length
             results.rows += [Row(*sizes, k, quantity, scale * v) for k, v in enumerate(ms)]
-        for side, *found in race.extra(lab, at) if race.extra else ():
-            if len(found) == 1:
-                results.skips.append(_skip(race, at, side, found[0]))
-            else:
-                results.rows.append(Row(race.name, side, at.d_model, at.batch, at.length, 0, *found))
+        _run_extra(lab, race, at, results)
         del sides  # their tensors
         gc.collect()
 
 
+def _run_extra(lab: Lab, race: Race, at: Setting, results: Results) -> None:
+    try:
+        for side, *found in race.extra(lab, at) if race.extra else ():
+            if len(found) == 1:
+                results.skips.append(_skip(race, at, side, Failure(found[0])))
+            else:
+                results.rows.append(Row(race.name, side, at.d_model, at.batch, at.length, 0, *found))
+    except Exception as e:  # as in setting up
+        results.skips.append(_skip(race, at, EVERY_SIDE, failure(e)))
+
+
 def _skip(race: Race, at: Setting, side: str, reason: str) -> Skip:
-    return Skip(race.name, side, at.d_model, at.batch, at.length, reason)
+    failed = isinstance(reason, Failure) and (race.all_ours or side in (OURS, EVERY_SIDE))
+    return Skip(race.name, side, at.d_model, at.batch, at.length, str(reason), failed)
 
 
 @dataclass(frozen=True)
@@ -179,7 +197,8 @@ def summarize(results: Results, races: dict[str, Race]) -> list[Summary]:
     found = []
     for (race, d_model, batch, length, quantity, side), values in groups.items():
         base = groups.get((race, d_model, batch, length, quantity, races[race].baseline))
-        ratios = [v / b for v, b in zip(values, base, strict=True)] if base and len(base) == len(values) else None
+        comparable = base and len(base) == len(values) and 0 not in base
+        ratios = [v / b for v, b in zip(values, base, strict=True)] if comparable else None
         median = statistics.median(values)
         spread = (statistics.median(ratios), min(ratios), max(ratios)) if ratios else (None,) * 3
         sizes = (race, side, d_model, batch, length)

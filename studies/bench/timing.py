@@ -86,17 +86,17 @@ class Forecast:
     """What a side will take at a length, from what it took at shorter ones."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple, list[tuple[int, float]]] = {}
+        self._seen: dict[tuple, dict[int, float]] = {}
 
     def note(self, side: tuple, length: int, ms: float) -> None:
-        self._seen.setdefault(side, []).append((length, ms))
+        self._seen.setdefault(side, {})[length] = ms
 
     def ms(self, side: tuple, length: int) -> float | None:
         """A power law through the last two lengths, its exponent within 0 to 2.5; None with nothing to go by.
 
         From one length alone a quarter of what is proportional: part of the cost may not depend on the length.
         """
-        seen = sorted(s for s in self._seen.get(side, []) if s[0] < length)
+        seen = sorted(s for s in self._seen.get(side, {}).items() if s[0] < length)
         if not seen:
             return None
         t, ms = seen[-1]
@@ -129,7 +129,8 @@ def run_race(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times in milliseconds of every side, by round, and why the others were left out.
 
-    A side that fails is left out with its error, but for ``own``, whose error is raised.
+    A side that fails, in the warm-up or later, is left out with its error, a ``Failure``. ``own`` is warmed up with
+    more patience.
 
     After a warm-up, each round runs every side once, every second round in the opposite order, so that what drifts
     in the machine meets all of them alike and none always follows the same neighbour.
@@ -142,14 +143,11 @@ def run_race(
         if reason is None:
             try:
                 first_ms[name] = _warm_up(clock, side, budget, patient=name == own)
-            except Exception as e:  # a peer's own failure, of any kind, is no reason to lose the other races
-                if name == own:
-                    raise
-                reason = _failure(e)
+            except Exception as e:  # of any kind: no reason to lose what else is measured
+                reason = failure(e)
         if reason is None and first_ms[name] * budget.repeats > 1e3 * budget.seconds:
-            reason = (
-                f"{budget.repeats} runs of {first_ms[name] / 1e3:.3g} s are more than --budget {budget.seconds:g} s"
-            )
+            runs = "1 run of {} is" if budget.repeats == 1 else f"{budget.repeats} runs of {{}} are"
+            reason = f"{runs.format(f'{first_ms[name] / 1e3:.3g} s')} more than --budget {budget.seconds:g} s"
         if reason is None:
             running[name] = side
         else:
@@ -163,8 +161,24 @@ def run_race(
         for name in list(running) if i % 2 == 0 else list(running)[::-1]:
             progress(f"{name}, run {i + 1} of {rounds}")
             side = running[name]
-            times[name].append(clock.time(lambda side=side: [side.call() for _ in range(side.calls)]) / side.calls)
+            try:
+                times[name].append(clock.time(_repeated(side)) / side.calls)
+            except Exception as e:  # as in the warm-up
+                skipped[name] = failure(e)
+                del running[name], times[name]
     return times, skipped
+
+
+def _repeated(side: Side) -> Callable[[], object]:
+    """The calls of one timing; what one returns is dropped at once."""
+    if side.calls == 1:
+        return side.call
+
+    def call() -> None:
+        for _ in range(side.calls):
+            side.call()
+
+    return call
 
 
 def _warm_up(clock: Clock, side: Side, budget: Budget, patient: bool) -> float:
@@ -189,12 +203,18 @@ def _hopeless(side: Side, clock: Clock, budget: Budget, expected_ms: float | Non
         return f"needs about {side.bytes / 1e9:.3g} GB of memory; {free / 1e9:.3g} GB are free"
     if expected_ms is not None and expected_ms * budget.repeats > 1e3 * budget.seconds:
         least = f"a run should take {expected_ms / 1e3:.3g} s or more"
-        return f"{least}; {budget.repeats} exceed --budget {budget.seconds:g} s"
+        exceed = "exceeds" if budget.repeats == 1 else "exceed"
+        return f"{least}; {budget.repeats} {exceed} --budget {budget.seconds:g} s"
     return None
 
 
-def _failure(e: Exception) -> str:
+class Failure(str):
+    """Why a side was left out, where that is an error and not its cost."""
+
+
+def failure(e: Exception) -> Failure:
+    """An error in one line."""
     text = str(e)
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return "ran out of memory"
-    return f"failed: {type(e).__name__}: {text.splitlines()[0] if text else ''}"
+        return Failure("ran out of memory")
+    return Failure(f"failed: {type(e).__name__}: {(text.splitlines() or [''])[0]}")

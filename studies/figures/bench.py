@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -57,10 +58,28 @@ def cost_against_length(
     ticks = sorted({p.length for p in points})
     axis = {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [f"{t:,}" for t in ticks]}
     fig.update_xaxes(**axis, title="length T (tokens)", showgrid=False, zeroline=False, tickangle=0)
-    fig.update_yaxes(**({"type": "log", "dtick": 1} if log_cost else {"rangemode": "tozero"}), zeroline=False)
+    fig.update_yaxes(**(_log_axis(points) if log_cost else {"rangemode": "tozero"}), zeroline=False)
     fig.update_yaxes(gridcolor="rgba(128,128,128,0.25)")
     fig.update_yaxes(title=unit, col=1)
     return _framed(fig, title, subtitle, 470)
+
+
+def _log_axis(points: Sequence[Point]) -> dict:
+    """A logarithmic axis with at least three numbers on it, however little the costs differ."""
+    values = [v for p in points for v in (p.low, p.high) if v > 0]
+    if not values or max(values) >= 1000 * min(values):
+        return {"type": "log", "dtick": 1}
+    if max(values) >= 10 * min(values):
+        return {"type": "log", "dtick": "D2"}  # 1, 2, 5, 10, 20 ...
+    low, high = min(values) / 1.1, 1.1 * max(values)
+    power = math.floor(math.log10(high - low))
+    for step in (5 * 10.0**power, 2 * 10.0**power, 10.0**power, 5 * 10.0 ** (power - 1), 2 * 10.0 ** (power - 1)):
+        ticks = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        if len(ticks) >= 3:
+            break
+    texts = [f"{t:.6g}" for t in ticks]
+    ends = [math.log10(low), math.log10(high)]
+    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": texts, "range": ends}
 
 
 def costs(

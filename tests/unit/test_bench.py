@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import re
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+import typer
 
 from jambascope.errors import ConfigError
 from jambascope.hook_point import HookPoint
-from jambascope.studies.bench import children, exp_kernel, kernel_races, peers, targets
+from jambascope.studies.bench import children, exp_kernel, kernel_races, peers, report, targets
 from jambascope.studies.bench.command import bench
 from jambascope.studies.bench.hook_removal import without_hook_points
 from jambascope.studies.bench.models import Lab
 from jambascope.studies.bench.products import call_products, forward_products
-from jambascope.studies.bench.race import OURS, Results, Row, Setting, Skip, Summary, settings, summarize
+from jambascope.studies.bench.race import OURS, Race, Results, Row, Setting, Skip, Summary, run, settings, summarize
 from jambascope.studies.bench.races import RACES
-from jambascope.studies.bench.timing import Budget, CpuClock, Forecast, Side, run_race
+from jambascope.studies.bench.timing import Budget, CpuClock, Failure, Forecast, Side, run_race
 
 
 class TellingClock:
@@ -31,8 +33,7 @@ class TellingClock:
         self.free = free
 
     def time(self, call) -> float:
-        said = call()
-        return sum(said) if isinstance(said, list) else said
+        return call()
 
     def free_bytes(self) -> float:
         return self.free
@@ -67,8 +68,23 @@ def test_a_first_run_that_compiles_is_not_held_against_a_side():
 
 
 def test_short_calls_are_timed_together():
-    times, _ = run_race(TellingClock(), {"a": Side(lambda: 2.0, calls=5)}, Budget(1, 1, 1))
+    alive, most = weakref.WeakSet(), []
+
+    class CountingClock(TellingClock):
+        def time(self, call) -> float:
+            before = len(most)
+            call()
+            return 2.0 * (len(most) - before)
+
+    def output() -> torch.Tensor:
+        most.append(len(alive))
+        made = torch.empty(1)
+        alive.add(made)
+        return made
+
+    times, _ = run_race(CountingClock(), {"a": Side(output, calls=5)}, Budget(1, 1, 1))
     assert times == {"a": [2.0]}
+    assert most == [0] * 6  # nothing that was returned is kept
 
 
 def test_precise_races_run_while_there_is_time():
@@ -112,8 +128,39 @@ def test_what_is_left_out_is_named_and_not_started():
         "large": "needs about 2 GB of memory; 1 GB are free",
         "foreseen": "a run should take 9 s or more; 2 exceed --budget 1 s",
     }
-    with pytest.raises(RuntimeError, match="no such operator"):
-        run_race(TellingClock(), {OURS: Side(fails)}, Budget(1, 1, 1), own=OURS)
+    _, one = run_race(TellingClock(), {"slow": Side(lambda: 2e3)}, Budget(1, 1, 1))
+    assert one == {"slow": "1 run of 2 s is more than --budget 1 s"}
+
+
+def test_a_side_that_fails_in_a_round_leaves_the_others(own=OURS):
+    said = iter([1.0, 1.0])  # the warm-up and one round
+    sides = {own: Side(lambda: next(said)), "peer": Side(lambda: 3.0)}
+    times, skipped = run_race(TellingClock(), sides, Budget(3, 1, 3), own=own)
+    assert times == {"peer": [3.0] * 3} and skipped == {own: "failed: StopIteration: "}
+    assert isinstance(skipped[own], Failure)
+
+
+@pytest.mark.parametrize(
+    ("where", "names", "failed"),
+    [("setting up", ["every side"], True), ("extra", ["every side"], True), (OURS, [OURS], True),
+     ("peer", ["peer"], False)],
+)  # fmt: skip
+def test_an_error_of_one_race_leaves_the_others(where, names, failed):
+    def error(name: str, value: object) -> object:
+        if name == where:
+            raise ValueError("bad")
+        return value
+
+    def sides(lab, at) -> dict:
+        return error("setting up", {n: Side(lambda n=n: error(n, 1.0)) for n in (OURS, "peer")})
+
+    first = Race("scan", "", sides, extra=lambda lab, at: error("extra", ()))
+    second = Race("prefill", "", lambda lab, at: {OURS: Side(lambda: 2.0)})
+    results = Results()
+    run(None, TellingClock(), [(first, AT), (second, AT)], 1, 1.0, lambda done, doing: None, results)
+    assert [s.side for s in results.skips] == names
+    assert all(s.failed == failed and s.reason == "failed: ValueError: bad" for s in results.skips)
+    assert [r.value for r in results.rows if r.race == "prefill"] == [2.0]
 
 
 def test_forecast_follows_the_power_law_of_the_last_two_lengths():
@@ -125,6 +172,8 @@ def test_forecast_follows_the_power_law_of_the_last_two_lengths():
     forecast.note(("a",), 128, 40.0)
     assert forecast.ms(("a",), 512) == pytest.approx(640)  # quadratic
     assert forecast.ms(("b",), 512) is None
+    forecast.note(("a",), 128, 40.0)
+    assert forecast.ms(("a",), 512) == pytest.approx(640)  # the same length again
 
 
 def test_ratios_are_of_neighbouring_runs():
@@ -135,10 +184,12 @@ def test_ratios_are_of_neighbouring_runs():
     assert (peer.median, peer.ratio, peer.ratio_low, peer.ratio_high) == (4, 3, 2, 5)
     (alone,) = summarize(Results(rows[3:]), RACES)
     assert alone.ratio is None
+    zero = [replace(r, value=0.0) if r.side == OURS else r for r in rows]
+    assert [s.ratio for s in summarize(Results(zero), RACES)] == [None, None]
 
 
 def test_the_plan_foresees_longer_lengths_and_asks_for_slow_races_only_by_name():
-    plan = list(settings([RACES["scan"], RACES["load"], RACES["generate"]], [128], 4, [512, 64]))
+    plan = list(settings([RACES["scan"], RACES["load"], RACES["generate"]], [128, 128], 4, [512, 64, 512]))
     assert [(race.name, at.batch, at.length) for race, at in plan] == [
         ("scan", 4, 64), ("scan", 4, 512), ("load", 4, 0), ("generate", 1, 64), ("generate", 1, 512),
     ]  # fmt: skip
@@ -286,6 +337,15 @@ def test_figures_of_long_contexts():
     assert targets.judge(flat, [], "cuda") == []
 
 
+def test_figures_of_races_that_were_not_run_are_not_shown():
+    skip = Skip("generate", "other", 128, 1, 64, "")
+    (missing,) = targets.judge([], [skip], "cpu")
+    assert missing.measured == "run --race generate --d-model 128 --length 64"
+    at_512 = Summary("generate", "transformers", 128, 1, 512, "ms", 7, 1, 1, 1, 6.0, 6.0, 6.0)
+    (found,) = targets.judge([at_512], [], "cpu")
+    assert found.reached and found.where == "batch 1, after a prompt of 512 tokens"
+
+
 # -- the command -----------------------------------------------------------------------------------------------
 
 
@@ -331,6 +391,8 @@ def test_every_race_at_a_tiny_size(tmp_path, capsys):
         (dict(full=True, length=[64]), "leave out --length or --full"),
         (dict(d_model=[100]), "d_model=100 must be a multiple of 64"),
         (dict(out="missing/bench.json"), "create it first"),
+        (dict(out="."), "it is a directory; name a file"),
+        (dict(device="meta"), "device='meta' cannot be raced on; it must be cpu or cuda"),
         (dict(device="tpu"), "device='tpu' cannot be used here"),
         (dict(device="cuda:99"), "device='cuda:99' cannot be used here"),
     ],
@@ -342,6 +404,38 @@ def test_mistakes_are_told_before_anything_runs(options, words, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(words)):
         bench(**(dict(race=["scan"], d_model=None, length=None, full=False, batch=1, repeats=1, budget=1.0,
                       device="cpu", out=None, page=None) | options))  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "status"), [(KeyboardInterrupt, 130), (OSError, 1)], ids=["Ctrl-C", "unwritable"])
+def test_what_was_measured_is_written_and_the_status_tells(kind, status, tmp_path, monkeypatch, capsys):
+    def stop() -> None:
+        raise kind
+
+    def unwritable(*_) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setitem(RACES, "scan", Race("scan", "", lambda lab, at: {OURS: Side(lambda: 1)}))
+    monkeypatch.setitem(RACES, "cache", Race("cache", "", lambda lab, at: {"peer": Side(stop)}))
+    if kind is OSError:
+        monkeypatch.setattr(report, "write_json", unwritable)
+    out, page = tmp_path / "bench.json", tmp_path / "bench.html"
+    with pytest.raises(typer.Exit) as e:
+        bench(race=["scan", "cache"], d_model=[32], length=[16, 16], full=False, batch=1, repeats=1, budget=1.0,
+              device="cpu", out=out, page=page)  # fmt: skip
+    assert e.value.exit_code == status
+    assert page.stat().st_size > 1000
+    if kind is OSError:
+        assert "bench.json could not be written: no space left" in capsys.readouterr().err
+    else:
+        assert len(json.loads(out.read_text())["rows"]) == 1
+
+
+def test_a_failure_of_our_own_ends_with_status_1(monkeypatch):
+    monkeypatch.setitem(RACES, "scan", Race("scan", "", lambda lab, at: {OURS: Side(lambda: 1 / 0)}))
+    with pytest.raises(typer.Exit) as e:
+        bench(race=["scan"], d_model=[32], length=[16], full=False, batch=1, repeats=1, budget=1.0, device="cpu",
+              out=None, page=None)  # fmt: skip
+    assert e.value.exit_code == 1
 
 
 def test_the_clock_measures_milliseconds():

@@ -237,3 +237,22 @@ def test_costs_without_length_are_bars():
     assert [bar.name for bar in fig.data] == ["jambascope", "peer", "products"]
     assert fig.data[0].y == ("d_model 128", "d_model 512") and fig.data[0].x == (128, 128)
     assert fig.layout.xaxis.title.text == "GB" and fig.layout.paper_bgcolor == "rgba(0,0,0,0)"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02, 1.3, 3.0, 9.9, 12.0, 150.0, 999.0, 1001.0])
+@pytest.mark.parametrize("least", [0.0137, 1.0, 740.0])
+def test_a_time_axis_has_at_least_three_numbers(least, factor):
+    points = [bench.Point("jambascope", 128, t, v, v, v) for t, v in ((64, least), (128, least * factor))]
+    axis = bench.cost_against_length("Forward", "", points).layout.yaxis
+    if axis.tickvals:
+        assert len(axis.tickvals) == len(set(axis.ticktext)) >= 3
+        low, high = (10**end for end in axis.range)
+        assert low < least and least * factor < high
+        assert all(
+            low <= t <= high and float(text) == pytest.approx(t)
+            for t, text in zip(axis.tickvals, axis.ticktext, strict=True)
+        )
+    else:
+        per_decade = {"D2": (1, 2, 5), 1: (1,)}[axis.dtick]
+        numbers = [d * 10.0**k for k in range(-5, 9) for d in per_decade]
+        assert sum(least <= n <= least * factor for n in numbers) >= 3
