@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from functools import cache
@@ -26,3 +27,8 @@ def interpreting() -> bool:
 def can_launch(x: torch.Tensor) -> bool:
     """Whether a Triton kernel can take ``x``: on a GPU, or on the CPU under the interpreter."""
     return installed() and (x.device.type == "cuda" or (x.device.type == "cpu" and interpreting()))
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launches go to the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
