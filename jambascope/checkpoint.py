@@ -274,6 +274,10 @@ def _copy_weights(places: dict[str, torch.Tensor | ExpertsInt8], plan: list[Piec
                     place = places[piece.parameter]
                     if isinstance(place, ExpertsInt8):
                         values, scale = quantize_rows(values)
+                        if not torch.isfinite(scale).all():
+                            raise CheckpointError(
+                                f"{path}: {piece.file_name} holds values beyond {scale.dtype}; load it in a wider dtype"
+                            )
                         _part(piece, place.scale, rows).copy_(scale)
                         place = place.values
                     placed = _part(piece, place, rows).copy_(values)

@@ -91,7 +91,7 @@ def _quantized_row(config: JambaConfig, dtype: torch.dtype) -> list[tuple[str, s
 
     if not config.moe_layers:
         return []
-    return [(f"weights with --quantize {QUANTIZE}", readable_bytes(weight_bytes(config, dtype, QUANTIZE)))]
+    return [("weights with ExpertsInt8", readable_bytes(weight_bytes(config, dtype, QUANTIZE)))]
 
 
 @app.command()

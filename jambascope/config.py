@@ -151,13 +151,20 @@ class JambaConfig:
         Layer i is attention when ``i % attn_layer_period == attn_layer_offset`` and its feed-forward is MoE when
         ``i % expert_layer_period == expert_layer_offset`` and there is more than one expert.
         """
-        for field, value in (
-            ("n_layers", n_layers),
-            ("attn_layer_period", attn_layer_period),
-            ("expert_layer_period", expert_layer_period),
+        for field, value, least in (
+            ("n_layers", n_layers, 1),
+            ("d_model", d_model, 1),
+            ("attn_layer_period", attn_layer_period, 1),
+            ("attn_layer_offset", attn_layer_offset, 0),
+            ("expert_layer_period", expert_layer_period, 1),
+            ("expert_layer_offset", expert_layer_offset, 0),
+            ("num_experts", num_experts, 1),
+            ("expand", expand, 1),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field}={value!r} must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{field}={value!r}: must be a whole number of at least {least}")
+        if mixer not in ("mamba", "mamba2"):
+            raise ConfigError(f"mixer={mixer!r}: must be 'mamba' or 'mamba2'")
         fields.setdefault("dt_rank", math.ceil(d_model / 16))
         fields.setdefault("experts_per_token", min(2, num_experts))
         layers = range(n_layers)

@@ -104,6 +104,7 @@ def _from_mamba(hf: dict[str, Any]) -> JambaConfig:
         eps=hf.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=hf.get("tie_word_embeddings", True),
         n_ctx=hf.get("max_position_embeddings", 262_144),
+        activation_coef=hf.get("activation_loss_coef", 0.0),
     )
 
 
@@ -134,6 +135,8 @@ def _from_mamba2(hf: dict[str, Any]) -> JambaConfig:
         eps=hf.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         n_ctx=hf.get("max_position_embeddings", 262_144),
+        activation_coef=hf.get("activation_loss_coef", 0.0),
+        chunk_size=hf.get("ssd_chunk_size"),  # ours: the published chunk_size suits other kernels
     )
 
 
@@ -177,6 +180,8 @@ def config_to_hf(config: JambaConfig, dtype: torch.dtype) -> dict[str, Any]:
             residual_in_fp32=False,
             max_position_embeddings=config.n_ctx,
             chunk_size=config.chunk_size or 256,
+            ssd_chunk_size=config.chunk_size,
+            activation_loss_coef=config.activation_coef,
         )
     if _is_plain(config, "mamba") and not config.inner_norms:
         return dict(
@@ -193,6 +198,7 @@ def config_to_hf(config: JambaConfig, dtype: torch.dtype) -> dict[str, Any]:
             layer_norm_epsilon=config.eps,
             residual_in_fp32=False,
             max_position_embeddings=config.n_ctx,
+            activation_loss_coef=config.activation_coef,
         )
     periods = _jamba_periods(config)
     if periods is None:

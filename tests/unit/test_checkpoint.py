@@ -202,11 +202,12 @@ def test_others_may_read_what_is_saved(small_model, tmp_path):
     assert len(modes) == 1, "weights must be as readable as the configuration beside them"
 
 
-@pytest.mark.parametrize("family", ["jamba", "mamba"])
+@pytest.mark.parametrize("family", ["jamba", "mamba", "mamba2"])
 def test_every_field_survives_saving(family, small_config, tmp_path):
     fields = dict(n_ctx=99, activation_coef=1e-5, load_balancing_coef=0.02)
-    if family == "mamba":
-        fields = dict(n_ctx=99, mixers=("mamba",) * 4, feed_forwards=("none",) * 4, inner_norms=False)
+    if family != "jamba":
+        fields = dict(n_ctx=99, activation_coef=1e-5, mixers=(family,) * 4, feed_forwards=("none",) * 4)
+        fields |= dict(inner_norms=False) if family == "mamba" else dict(mamba_d_head=8, chunk_size=16)
     config = JambaConfig(**small_config.to_dict() | fields)
     HookedJamba(config).save_pretrained(tmp_path)
     again = HookedJamba.from_pretrained(tmp_path).config

@@ -81,7 +81,7 @@ def test_generate_with_experts_in_int8(directory):
     assert [int(word) for word in result.stdout.split()] == quantized.generate(torch.tensor([[5, 17, 3]]), 6)[
         0
     ].tolist()
-    assert "weights with --quantize experts_int8" in run("inspect", str(directory)).stdout
+    assert "weights with ExpertsInt8" in run("inspect", str(directory)).stdout
 
 
 def test_zoo_lists_what_ships():

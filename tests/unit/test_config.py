@@ -47,6 +47,12 @@ def test_it_is_frozen_and_survives_json():
         (dict(d_mlp=0), "d_mlp=0"),
         (dict(n_layers=0), "n_layers=0"),
         (dict(expert_layer_period=0), "expert_layer_period=0"),
+        (dict(attn_layer_offset=0.5), "attn_layer_offset=0.5: must be a whole number of at least 0"),
+        (dict(expert_layer_offset=None), "expert_layer_offset=None: must be a whole number of at least 0"),
+        (dict(num_experts=2.5), "num_experts=2.5: must be a whole number"),
+        (dict(num_experts="16"), "num_experts='16': must be a whole number"),
+        (dict(expand=1.5), "expand=1.5: must be a whole number"),
+        (dict(mixer="lstm"), "mixer='lstm': must be 'mamba' or 'mamba2'"),
     ],
     ids=str,
 )

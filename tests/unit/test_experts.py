@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
 import torch
 
 from jambascope.errors import ConfigError, HookError, InputError
+from jambascope.kernels import triton_runtime
 from jambascope.kernels.experts import ExpertsInt8, experts
 from jambascope.kernels.experts.int8 import quantize_rows
 
@@ -236,7 +238,9 @@ def test_nothing_waits_for_the_device(tokens, quantized, triton_device, fake_cud
     """On tensors that hold no data, where reading a value raises; also what happens inside the launches' operators."""
     from jambascope.kernels.experts import triton, triton_kernels
 
-    grids = []
+    grids, devices = [], []
+    # The device guard asks for a real one.
+    monkeypatch.setattr(triton_runtime, "on", lambda device: devices.append(device) or contextlib.nullcontext())
     for name in [n for n in vars(triton_kernels) if n.endswith("_kernel")]:
         monkeypatch.setattr(triton_kernels, name, _Launches(grids))
     with fake_cuda(), torch.device("cuda"), torch.no_grad():
@@ -261,6 +265,7 @@ def test_nothing_waits_for_the_device(tokens, quantized, triton_device, fake_cud
             saved = (x, weights, pieces[0], pieces[2], pieces[1], pieces[3], *results[0][1:])
             results = [op(results[0][0], *saved, *needs) for op in (triton._backward, triton._backward._init_fn)]
             assert [(r.shape, r.dtype) for r in results[0]] == [(r.shape, r.dtype) for r in results[1]]
+    assert len(devices) == len(grids) and {device.type for device in devices} == {"cuda"}, "a launch without its device"
     assert grids and all(isinstance(size, int) for grid in grids for size in grid)
 
 
@@ -298,11 +303,81 @@ def test_the_layer_makes_addends_only_when_they_are_heard(small_model, tokens, m
         small_model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.mlp.hook_expert_indices", lambda v, hook: v - 9)])
 
 
-def test_costs_by_hand():
-    from jambascope.kernels.experts import cost
+def floats(**changed):
+    """Arguments in float32, with some of them changed."""
+    arguments = {k: v.float() if v.is_floating_point() else v for k, v in make(*SIZES["odd"]).items()}
+    return arguments | {k: change(arguments[k]) for k, change in changed.items()}
 
-    # 2 tokens of 3, experts of 5, each token its own 2 of 4 experts.
-    counted = cost(tokens=2, slots=2, experts_used=4, d_model=3, d_mlp=5)
-    assert counted.operations == 2 * 4 * 3 * 3 * 5
-    assert counted.bytes == 4 * (4 * 3 * 3 * 5 + 2 * 2 * 3)
-    assert cost(2, 2, 4, 3, 5, weight_bytes=1).bytes == 4 * 3 * 3 * 5 + 4 * 4 * 13 + 4 * 2 * 2 * 3
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(x=lambda v: v[0]), r"x, indices and down have shapes \(18,\)"),
+        (dict(x=lambda v: v[:-1]), r"indices has shape \(37, 3\)"),
+        (dict(weights=lambda v: v[:, :2]), r"weights has shape \(37, 2\)"),
+        (dict(gate_up=lambda v: v[:, :-1]), r"gate_up has shape .* it must be \(5, 22, 18\)"),
+        (dict(gate_up=lambda v: int8(v[:2])), r"gate_up has shape \(2, 22, 18\)"),
+        (dict(down=lambda v: v[:, 1:]), r"down has shape|gate_up has shape"),
+        (dict(indices=lambda v: v.float()), "indices are torch.float32; give integers"),
+        (dict(indices=lambda v: v.bool()), "indices are torch.bool; give integers"),
+        (dict(down=lambda v: v.to("meta")), "down is on meta and x on cpu"),
+    ],
+)
+def test_shapes_that_do_not_fit(changed, message, backend):
+    with pytest.raises(InputError, match=message):
+        experts(**floats(**changed), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_indices_of_any_integer_type(backend, dtype):
+    arguments = floats(indices=lambda v: v.to(dtype))
+    assert torch.equal(experts(**arguments, backend=backend), experts(**floats(), backend=backend))
+
+
+@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_one_weight_in_int8_goes_to_the_reference(weight, tokens, triton_device):
+    arguments = floats(**{weight: int8})
+    arguments |= {k: arguments[k][:tokens] for k in ("x", "indices", "weights")}
+    assert torch.equal(experts(**arguments), experts(**arguments, backend="reference"))
+    for backend in ("cpu", "triton"):
+        with pytest.raises(ConfigError, match=f"backend='{backend}' does not take .* use 'auto'"):
+            experts(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int8])
+@pytest.mark.parametrize("names", [WEIGHTS, ("down",)], ids=["both", "down"])
+def test_weights_of_another_type_are_refused(names, dtype, backend):
+    with pytest.raises(ConfigError, match="does not take .* convert gate_up and down to the type of x"):
+        experts(**floats(**{name: lambda v: v.to(dtype) for name in names}), backend=backend)
+
+
+@pytest.mark.parametrize("size", ["one-token", "odd"])
+def test_default_types_change_nothing(size):
+    arguments = make(*SIZES[size])
+    expected = run(arguments, torch.float32, "cpu")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            leaves = {k: v.float().requires_grad_() for k, v in arguments.items() if k != "indices"}
+            out = experts(**leaves, indices=arguments["indices"], backend="cpu")
+            with torch.no_grad():
+                again = experts(**leaves, indices=arguments["indices"], backend="cpu")
+            out.backward(torch.ones(out.shape, dtype=torch.float32, device="cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(out, expected["output"]) and torch.equal(again, expected["output without gradients"])
+    assert all(v.grad.dtype == torch.float32 and v.grad.isfinite().all() for v in leaves.values())
+
+
+@pytest.mark.parametrize("addends", [False, True], ids=["combined", "addends"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_no_tokens(backend, addends, triton_device):
+    arguments = make(0, 2, 3, 16, 8)
+    results = run(arguments, torch.float32, backend, addends, device=triton_device)
+    assert results["output"].shape == ((0, 2, 16) if addends else (0, 16))
+    assert not results["gradient of down"].any()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jambascope import HookedJamba, JambaConfig, memory
 from jambascope.errors import CheckpointError, ConfigError
@@ -149,4 +152,15 @@ def test_what_cannot_be_quantised(checkpoint, tmp_path):
     dense = JambaConfig.jamba(n_layers=2, d_model=16, d_vocab=20, n_heads=2, d_head=8, d_mlp=8, num_experts=1)
     HookedJamba(dense).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no MoE layer"):
+        HookedJamba.from_pretrained(tmp_path, quantize="experts_int8")
+
+
+def test_weights_beyond_float32(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.feed_forward.experts.0.down_proj.weight"
+    tensors[name] = tensors[name].double()
+    tensors[name][0, 0] = 1e300
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="down_proj.weight holds values beyond torch.float32"):
         HookedJamba.from_pretrained(tmp_path, quantize="experts_int8")

@@ -295,3 +295,5 @@ def test_bad_arguments_are_named():
         ssd(**a, backend="warp")
     with pytest.raises(ConfigError, match="chunk_size=0"):
         ssd(**a, chunk_size=0)
+    with pytest.raises(ConfigError, match="chunk_size=16.0 must be a whole number"):
+        ssd(**a, chunk_size=16.0)

@@ -54,7 +54,7 @@ class _Scratch:
             if self._free:
                 self._free.pop(0)
         with torch.inference_mode(False):  # an inference tensor could not be written to in a later, ordinary call
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def give(self, buffer: torch.Tensor) -> None:
         if buffer.numel() <= KEPT_BYTES:
@@ -149,8 +149,8 @@ def _few(
     (tokens, d_model), slots, (n_experts, _, d_mlp) = x.shape, indices.shape[1], down.values.shape
     x32, weights32 = x.to(torch.float32).contiguous(), weights.to(torch.float32).contiguous()
     indices, gate_up_values, down_values = indices.contiguous(), gate_up.values.contiguous(), down.values.contiguous()
-    out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model))
-    act = torch.empty(tokens * slots, d_mlp)
+    out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model), dtype=torch.float32, device="cpu")
+    act = torch.empty(tokens * slots, d_mlp, dtype=torch.float32, device="cpu")
     threads = 1 if tokens * slots * d_mlp * d_model < SERIAL_BELOW else torch.get_num_threads()
     parts = 1 if threads == 1 else CUTS_PER_THREAD * threads
     block = (ctypes.c_int64 * len(k.FIELDS))(
@@ -220,7 +220,7 @@ def _forward(
 ) -> torch.Tensor:
     (tokens, d_model), slots = x.shape, indices.shape[1]
     # Not a view of anything when it is returned: hooks may edit it in place.
-    out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model), dtype=x.dtype)
+    out = torch.empty((tokens, slots, d_model) if addends else (tokens, d_model), dtype=x.dtype, device="cpu")
     out_rows = out.view(-1, d_model)
     x, weights = (v.detach().to(torch.float32).contiguous() for v in (x, weights))
     gate_up, down = _detached(gate_up, down)
@@ -288,8 +288,11 @@ class _Experts(torch.autograd.Function):
         need_x, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
         slots, d_model = indices.shape[1], x.shape[1]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-        grad_weights = torch.empty(weights.numel())
-        into = [torch.zeros(w.shape) if need else None for w, need in ((gate_up, need_gate_up), (down, need_down))]
+        grad_weights = torch.empty(weights.numel(), dtype=torch.float32, device="cpu")
+        into = [
+            torch.zeros(w.shape, dtype=torch.float32, device="cpu") if need else None
+            for w, need in ((gate_up, need_gate_up), (down, need_down))
+        ]
         dout = dout.contiguous().view(-1, d_model)
         pair_weights = weights.detach().float().reshape(-1)
         both = _detached(_Weight(gate_up, gate_up_scale), _Weight(down, down_scale))

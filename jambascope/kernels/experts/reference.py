@@ -28,7 +28,7 @@ def experts(
         gate, up = _product(part, gate_up_e).chunk(2, dim=-1)
         outputs.append(_product(F.silu(gate) * up, down_e))
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    result = torch.cat(outputs)[place].view(tokens, slots, -1) * weights[..., None]
+    result = torch.cat(outputs)[place].view(tokens, slots, x.shape[1]) * weights[..., None]
     return result if addends else result.sum(1)
 
 

@@ -146,16 +146,18 @@ def _vectors(x, indices, weights, gate_up, gate_up_scale, down, down_scale, adde
     from jambascope.kernels.experts import triton_kernels as k
 
     (tokens, d_model), slots, d_mlp = x.shape, indices.shape[1], down.shape[2]
-    act = torch.empty(tokens * slots, d_mlp, device=x.device)
+    act = torch.empty(tokens * slots, d_mlp, dtype=torch.float32, device=x.device)
     b = vector_blocks()
     quantized = gate_up_scale is not None
     options = dict(QUANTIZED=quantized, BLOCK_N=b.n, BLOCK_K=b.k, num_warps=b.warps, num_stages=b.stages)
-    k.gate_up_vector_kernel[tokens * slots, _ceil(d_mlp, b.n)](
-        x, indices, gate_up, gate_up_scale, act, slots, d_model, d_mlp, **options
-    )
-    k.down_vector_kernel[tokens, _ceil(d_model, b.n)](
-        act, indices, weights, down, down_scale, out, slots, d_model, d_mlp, ADDENDS=addends, **options
-    )
+    with triton_runtime.on(x.device):
+        k.gate_up_vector_kernel[tokens * slots, _ceil(d_mlp, b.n)](
+            x, indices, gate_up, gate_up_scale, act, slots, d_model, d_mlp, **options
+        )
+    with triton_runtime.on(x.device):
+        k.down_vector_kernel[tokens, _ceil(d_model, b.n)](
+            act, indices, weights, down, down_scale, out, slots, d_model, d_mlp, ADDENDS=addends, **options
+        )
 
 
 def _products(x, weights, gate_up, gate_up_scale, down, down_scale, order, offsets, slots, keep, terms):
@@ -167,10 +169,11 @@ def _products(x, weights, gate_up, gate_up_scale, down, down_scale, order, offse
     act = x.new_empty(pairs, d_mlp)
     hidden = x.new_empty(pairs, 2 * d_mlp) if keep else None
     b = gate_up_blocks(x.dtype, pairs / n_experts)
-    k.gate_up_kernel[_ceil(pairs, b.rows) + n_experts, _ceil(d_mlp, b.n)](
-        x, order, offsets, gate_up, gate_up_scale, act, hidden, slots, d_model, d_mlp, n_experts,
-        QUANTIZED=gate_up_scale is not None, KEEP=keep, **_options(b, n_experts, x.dtype),
-    )  # fmt: skip
+    with triton_runtime.on(x.device):
+        k.gate_up_kernel[_ceil(pairs, b.rows) + n_experts, _ceil(d_mlp, b.n)](
+            x, order, offsets, gate_up, gate_up_scale, act, hidden, slots, d_model, d_mlp, n_experts,
+            QUANTIZED=gate_up_scale is not None, KEEP=keep, **_options(b, n_experts, x.dtype),
+        )  # fmt: skip
     _product(act, down, down_scale, weights, order, offsets, terms, transposed=False)
     return hidden
 
@@ -181,18 +184,20 @@ def _product(rows, weight, scale, weights, order, offsets, out, transposed):
     n_experts, pairs = len(weight), len(order)
     b = product_blocks(rows.dtype, pairs / n_experts)
     depth, n = rows.shape[1], out.shape[-1]
-    k.product_kernel[_ceil(pairs, b.rows) + n_experts, _ceil(n, b.n)](
-        rows, weight, scale, weights, order, offsets, out, depth, n, n_experts,
-        TRANSPOSED=transposed, QUANTIZED=scale is not None, WEIGHTED=weights is not None,
-        **_options(b, n_experts, rows.dtype, scaled_inputs=transposed and scale is not None),
-    )  # fmt: skip
+    with triton_runtime.on(rows.device):
+        k.product_kernel[_ceil(pairs, b.rows) + n_experts, _ceil(n, b.n)](
+            rows, weight, scale, weights, order, offsets, out, depth, n, n_experts,
+            TRANSPOSED=transposed, QUANTIZED=scale is not None, WEIGHTED=weights is not None,
+            **_options(b, n_experts, rows.dtype, scaled_inputs=transposed and scale is not None),
+        )  # fmt: skip
 
 
 def _combine(terms: torch.Tensor, out: torch.Tensor) -> None:
     from jambascope.kernels.experts import triton_kernels as k
 
     grid = (_ceil(out.numel(), COMBINE_BLOCK),)
-    k.combine_kernel[grid](terms, out, out.numel(), *terms.shape[1:], BLOCK=COMBINE_BLOCK, num_warps=4)
+    with triton_runtime.on(out.device):
+        k.combine_kernel[grid](terms, out, out.numel(), *terms.shape[1:], BLOCK=COMBINE_BLOCK, num_warps=4)
 
 
 def _options(b: Blocks, n_experts: int, dtype: torch.dtype, scaled_inputs: bool = False) -> dict[str, Any]:
@@ -269,13 +274,14 @@ def _backward(
     act = x.new_empty(pairs, d_mlp) if need_down else None
     b = dact_blocks(x.dtype, pairs / n_experts)
     blocks = _ceil(d_mlp, b.n)
-    dweights = torch.empty(blocks, pairs, device=x.device)
-    k.dact_kernel[_ceil(pairs, b.rows) + n_experts, blocks](
-        dout, order, offsets, down, down_scale, weights, hidden, dhidden, act, dweights,
-        pairs, dy_slots, d_model, d_mlp, n_experts,
-        QUANTIZED=down_scale is not None, ACT=need_down,
-        **_options(b, n_experts, x.dtype, scaled_inputs=down_scale is not None),
-    )  # fmt: skip
+    dweights = torch.empty(blocks, pairs, dtype=torch.float32, device=x.device)
+    with triton_runtime.on(x.device):
+        k.dact_kernel[_ceil(pairs, b.rows) + n_experts, blocks](
+            dout, order, offsets, down, down_scale, weights, hidden, dhidden, act, dweights,
+            pairs, dy_slots, d_model, d_mlp, n_experts,
+            QUANTIZED=down_scale is not None, ACT=need_down,
+            **_options(b, n_experts, x.dtype, scaled_inputs=down_scale is not None),
+        )  # fmt: skip
     nothing = x.new_empty(0)
     grad_x, grad_gate_up, grad_down = nothing, nothing.clone(), nothing.clone()
     if need_x:
@@ -304,11 +310,12 @@ def _weight_gradient(left, right, order, offsets, left_slots, right_slots, weigh
     out = torch.empty_like(weight)
     n_experts, i, j = out.shape
     b = gradient_blocks(weight.dtype)
-    k.weight_gradient_kernel[_ceil(i, b.rows) * _ceil(j, b.n), n_experts](
-        left, right, order, offsets, out, left_slots or 1, right_slots or 1, i, j,
-        GATHER_LEFT=left_slots is not None, GATHER_RIGHT=right_slots is not None,
-        BLOCK_I=b.rows, BLOCK_J=b.n, BLOCK_R=b.k, num_warps=b.warps, num_stages=b.stages, **_dot(left.dtype),
-    )  # fmt: skip
+    with triton_runtime.on(left.device):
+        k.weight_gradient_kernel[_ceil(i, b.rows) * _ceil(j, b.n), n_experts](
+            left, right, order, offsets, out, left_slots or 1, right_slots or 1, i, j,
+            GATHER_LEFT=left_slots is not None, GATHER_RIGHT=right_slots is not None,
+            BLOCK_I=b.rows, BLOCK_J=b.n, BLOCK_R=b.k, num_warps=b.warps, num_stages=b.stages, **_dot(left.dtype),
+        )  # fmt: skip
     return out
 
 

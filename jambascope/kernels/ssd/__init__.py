@@ -72,8 +72,10 @@ def ssd(
         capture = checked_indices(capture, length, "capture", "positions").tolist()
     if edits is not None:
         edits = _checked_edits(edits, x, B.shape[-1])
-    if chunk_size is not None and chunk_size < 1:
-        raise ConfigError(f"chunk_size={chunk_size!r} must be at least 1; None takes the measured one")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+        raise ConfigError(
+            f"chunk_size={chunk_size!r} must be a whole number of at least 1; None takes the measured one"
+        )
     if backend not in ("auto", "reference", "chunked"):
         raise ConfigError(f"backend={backend!r} is not one of ['chunked', 'reference']; use 'auto' to have one chosen")
     dt = step_size(dt, dt_bias) if dt_softplus else dt if dt_bias is None else _add_bias(dt, dt_bias)
