@@ -52,7 +52,7 @@ def bench(
     """Race against the peers that are installed, on the same random weights, in one process.
 
     The sides of a race run in turns after a warm-up. A side that would take longer than --budget, or more memory than
-    there is, is left out and named..
+    there is, is left out and named.
     """
     from rich.console import Console
 
