@@ -193,23 +193,30 @@ def zoo(context: typer.Context) -> None:
 @zoo_app.command()
 def train(
     name: Annotated[str, typer.Argument(help="Which model of the zoo to train anew.")],
-    out: Annotated[str, typer.Option(help="Directory for checkpoints, log and the finished model.")],
+    out: Annotated[
+        str | None,
+        typer.Option(help="Directory for checkpoints, log and the finished model. [default: runs/zoo/NAME/seed-SEED]"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps. [default: the recipe's]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data. [default: the recipe's]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The highest learning rate. [default: the recipe's]")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+    snapshots: Annotated[bool, typer.Option(help="Keep the weights of a dozen steps on the way, too.")] = False,
 ) -> None:
-    """Train a packaged model anew on this machine, with a log and checkpoints in OUT."""
-    from pathlib import Path
-
+    """Train a model of the zoo anew on this machine, with a log and checkpoints in OUT."""
     from jambascope.zoo.train import train as run
 
-    run(name, Path(out), steps=steps, seed=seed, resume=resume)
+    where = run(name, out, steps=steps, seed=seed, learning_rate=learning_rate, resume=resume, snapshots=snapshots)
+    typer.echo(f"{where}: jambascope dashboard {where} opens it")
 
 
 def _add_commands_of_other_floors() -> None:
-    """Commands that live above this package (dashboard, bench) register themselves by entry point."""
-    for entry in sorted(entry_points(group="jambascope.commands"), key=lambda e: e.name):
-        app.command(name=entry.name)(entry.load())
+    """Commands that live above this package (dashboard, bench, zoo eval) register themselves by entry point."""
+    for group, parent in (("jambascope.commands", app), ("jambascope.zoo_commands", zoo_app)):
+        for entry in sorted(entry_points(group=group), key=lambda e: e.name):
+            parent.command(name=entry.name)(entry.load())
 
 
 def main() -> None:

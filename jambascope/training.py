@@ -56,6 +56,10 @@ class TrainingSpec:
     """Steps between evaluations; the last step is always evaluated."""
     checkpoint_every: int = 250
     """Steps between checkpoints; the last step always writes one."""
+    patience: int | None = None
+    """Evaluations without a lower ``watch`` after which training ends early; None never ends it."""
+    watch: str = "held_out"
+    """The evaluation's number that ``patience`` looks at; smaller is better."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -63,6 +67,8 @@ class TrainingSpec:
             self._need(_whole(getattr(self, field), 1), field, "must be a whole number of at least 1")
         for field in ("seed", "warmup_steps"):
             self._need(_whole(getattr(self, field), 0), field, "must be a whole number of at least 0")
+        patient = self.patience is None or _whole(self.patience, 1)
+        self._need(patient, "patience", "must be a whole number of at least 1, or None to train all steps")
         self._need(self.learning_rate > 0, "learning_rate", "must be positive, such as 2e-3")
         self._need(0 <= self.final_fraction <= 1, "final_fraction", "must lie in [0, 1]")
         betas_fit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
@@ -118,6 +124,7 @@ def fit(
     evaluate: Evaluate | None = None,
     resume: bool = False,
     progress: bool = False,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on ``model.loss_terms(batch(step)).total``.
 
@@ -127,17 +134,20 @@ def fit(
         evaluate: called on the model (in eval mode, without gradients) for the numbers to log.
         resume: continue from the directory's checkpoint, when there is one.
         progress: print a line with loss, evaluation and time left at every evaluation, on stderr.
+        after_step: called with the number of steps behind the model, 0 before the first.
 
     Returns:
-        The log, one row per step: step, loss, lm, load_balancing, learning_rate, gradient_norm, seconds, and
-        evaluation columns where there was one.
+        The log, one row per step: step, loss, lm, load_balancing, activation, learning_rate, gradient_norm, seconds,
+        and evaluation columns where there was one. It is shorter than ``spec.steps`` where patience ended it.
 
     Raises:
         CheckpointError: a checkpoint of another spec or model, or one that is damaged.
-        ConfigError: a loss that is no longer finite.
+        ConfigError: a loss that is no longer finite; patience without an evaluation that gives ``spec.watch``.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if spec.patience is not None and evaluate is None:
+        raise ConfigError(f"patience={spec.patience} needs an evaluation that gives {spec.watch!r}; pass evaluate")
     optimizer = make_optimizer(model, spec)
     first, log = 0, []
     if resume and (directory / CHECKPOINT).exists():
@@ -145,8 +155,12 @@ def fit(
         log = pq.read_table(directory / LOG).to_pylist()[:first]
     show = _progress_line(spec.steps, first) if progress else lambda row: None
     before, clock = (log[-1]["seconds"] if log else 0.0), time.monotonic()
+    if after_step is not None and first == 0:
+        after_step(0)
     model.train()
     for step in range(first, spec.steps):
+        if _stalled(log, spec):
+            break
         row = _step(model, optimizer, spec, batch(step), step)
         done = step + 1
         if evaluate is not None and (done % spec.evaluate_every == 0 or done == spec.steps):
@@ -157,12 +171,27 @@ def fit(
         row["seconds"] = before + time.monotonic() - clock
         log.append(row)
         show(row)
-        if done % spec.checkpoint_every == 0 or done == spec.steps:
+        if after_step is not None:
+            after_step(done)
+        if done % spec.checkpoint_every == 0 or done == spec.steps or _stalled(log, spec):
             # The log first: a kill in between leaves a log that is too long, which resuming cuts.
             _write_log(directory / LOG, log)
             save_checkpoint(directory / CHECKPOINT, model, optimizer, spec, done)
     model.eval()
     return log
+
+
+def _stalled(log: list[dict[str, float]], spec: TrainingSpec) -> bool:
+    """Whether the last ``patience`` evaluations brought nothing below the best before them: of the log alone, so that
+    a resumed run ends where an uninterrupted one does."""
+    if spec.patience is None or not log or not _evaluated(log[-1], spec):
+        return False
+    found = [row[spec.watch] for row in log if _evaluated(row, spec)]
+    return len(found) > spec.patience and min(found[-spec.patience :]) >= min(found[: -spec.patience])
+
+
+def _evaluated(row: Mapping[str, float], spec: TrainingSpec) -> bool:
+    return row.get(spec.watch) is not None
 
 
 def _step(
@@ -186,6 +215,7 @@ def _step(
         loss=terms.total.item(),
         lm=terms.lm.item(),
         load_balancing=terms.load_balancing.item(),
+        activation=terms.activation.item(),
         learning_rate=rate,
         gradient_norm=norm.item(),
     )
@@ -257,7 +287,7 @@ def _progress_line(steps: int, first: int) -> Callable[[Mapping[str, float]], No
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    measures = {"step", "loss", "lm", "load_balancing", "learning_rate", "gradient_norm", "seconds"}
+    measures = {"step", "loss", "lm", "load_balancing", "activation", "learning_rate", "gradient_norm", "seconds"}
     start = time.monotonic()
 
     def show(row: Mapping[str, float]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jambascope.zoo.language import SPECIAL, VOCABULARY
+from jambascope.zoo.words import SPECIAL, VOCABULARY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A transformers tokenizer over ``language.VOCABULARY``; save_pretrained writes it, AutoTokenizer opens it.
+    """A transformers tokenizer over ``words.VOCABULARY``; save_pretrained writes it, AutoTokenizer opens it.
 
     It adds no special tokens: ``HookedJamba`` puts <bos> in front itself, and an end-of-sequence token behind
     a prompt would end the document that is to be continued. White space is dropped, also line breaks, and decoded
