@@ -42,7 +42,7 @@ def initialize(model: HookedJamba, std: float = 0.02) -> None:
 @torch.no_grad()
 def mimetic(model: HookedJamba) -> None:
     """Turn the Mamba layers of a model that is initialised into near copies of linear attention, so that they learn to
-    recall more easily (arXiv 2410.11135): a control that tells what a state cannot hold from what training did not find.
+    recall more easily (arXiv 2410.11135): a control that tells what a state cannot hold from what training missed.
 
     Decay: A = -1 / 1024 in every state, and dt = 1 whatever the input, so that a state forgets 2 % in twenty tokens.
     Keys and queries: B and C begin with the same projection, so that C_i B_j is largest where the inputs are alike.
