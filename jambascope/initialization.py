@@ -45,7 +45,7 @@ def mimetic(model: HookedJamba) -> None:
     more easily (arXiv 2410.11135): a control that tells what a state cannot hold from what training did not find.
 
     Decay: A = -1 / 1024 in every state, and dt = 1 whatever the input, so that a state forgets 2 % in twenty tokens.
-    Keys and queries: B and C begin with the same projection, so that C_i B_j is largest where the inputs are alike; with
+    Keys and queries: B and C begin with the same projection, so that C_i B_j is largest where inputs are alike; with
     inner norms it is the cosine between them.
     """
     for layer in model.config.mamba_layers:
