@@ -35,7 +35,8 @@ natural: a pair such as Positive and Negative that training uses too. flipped: s
 arbitrary: things and animals, in combinations of the split. new_natural: a pair that training never uses.
 unseen: words that training never uses as labels. Training draws from the first three.
 """
-TRAINED_KINDS: tuple[LabelKind, ...] = ("natural", "flipped", "arbitrary", "arbitrary")
+TRAINED_KINDS: tuple[LabelKind, ...] = (*("natural",) * 3, "flipped", *("arbitrary",) * 4)
+"""Drawn evenly: a natural pair stands three times the right way round for each time that it is flipped."""
 HELD_OUT_KINDS: tuple[LabelKind, ...] = ("arbitrary", "new_natural", "unseen")
 TWO_CLASSES: tuple[LabelKind, ...] = ("natural", "flipped", "new_natural")
 CLASSES = (2, 2, 2, 2, 3, 4)
