@@ -168,6 +168,7 @@ def fit(
             with torch.no_grad():
                 row |= {name: float(value) for name, value in evaluate(model).items()}
             model.train()
+            _check_watched(row, spec)
         row["seconds"] = before + time.monotonic() - clock
         log.append(row)
         show(row)
@@ -188,6 +189,11 @@ def _stalled(log: list[dict[str, float]], spec: TrainingSpec) -> bool:
         return False
     found = [row[spec.watch] for row in log if _evaluated(row, spec)]
     return len(found) > spec.patience and min(found[-spec.patience :]) >= min(found[: -spec.patience])
+
+
+def _check_watched(row: Mapping[str, float], spec: TrainingSpec) -> None:
+    if spec.patience is not None and not _evaluated(row, spec):
+        raise ConfigError(f"watch={spec.watch!r}: the evaluation gives no such number for patience={spec.patience}")
 
 
 def _evaluated(row: Mapping[str, float], spec: TrainingSpec) -> bool:

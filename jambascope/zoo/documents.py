@@ -14,9 +14,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -62,6 +63,21 @@ class Document:
     answers: tuple[int, ...]
 
 
+D = TypeVar("D", bound=Document)
+
+
+def generator(draw: Callable[..., D]) -> Callable[..., D]:
+    """Makes a domain's generator refuse a split that does not exist."""
+
+    @functools.wraps(draw)
+    def checked(rng: np.random.Generator, split: Split = "train", *args: Any, **options: Any) -> D:
+        if split not in get_args(Split):
+            raise InputError(f"split={split!r} must be 'train' or 'held_out'")
+        return draw(rng, split, *args, **options)
+
+    return checked
+
+
 def is_held_out(i: int, j: int) -> bool:
     """Whether the i-th word of one list and the j-th of another are combined in the held-out split only."""
     return (i + j) % 5 == 0
@@ -91,6 +107,7 @@ def within(field: str, value: int, least: int, most: int | None, what: str) -> N
         raise InputError(f"{field}={value!r} must {bounds}: {what}")
 
 
+@generator
 def repeat(
     rng: np.random.Generator,
     split: Split = "train",
@@ -124,6 +141,7 @@ def sentence(rng: np.random.Generator, split: Split, people: tuple[str, str], in
     return template.format(A=A, B=B, thing=thing, plurals=plurals, place=place, color=color, size=size)
 
 
+@generator
 def story(rng: np.random.Generator, split: Split = "train", index: int | None = None) -> Document:
     """Two to four exchanges between the same two people, or the one that ``index`` numbers in ``SENTENCES``."""
     people = pair(rng, NAMES, NAMES, split)
@@ -146,6 +164,7 @@ def _table(rng: np.random.Generator, split: Split, keys: list[str], values: list
     return table
 
 
+@generator
 def recall(
     rng: np.random.Generator, split: Split = "train", entries: int | None = None, questions: int = 8
 ) -> Document:
@@ -164,6 +183,7 @@ def recall(
     return Document("recall", tuple(words), tuple(i + 1 for i, word in enumerate(words) if word == "->"))
 
 
+@generator
 def phones(
     rng: np.random.Generator, split: Split = "train", entries: int | None = None, questions: int = 3
 ) -> Document:
@@ -185,6 +205,7 @@ def phones(
     return Document("phones", tuple(words), tuple(answers))
 
 
+@generator
 def copy(
     rng: np.random.Generator, split: Split = "train", count: int | None = None, noise: int | None = None
 ) -> Document:
@@ -204,6 +225,7 @@ def copy(
     return Document("copy", words, tuple(range(len(words) - count, len(words))))
 
 
+@generator
 def secret(rng: np.random.Generator, split: Split = "train", distance: int | None = None) -> Document:
     """A word announced by ``secret``, ``distance`` other words (drawn when None: 4 to 40), and ``secret`` again.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -63,8 +63,6 @@ def document(domain: str, rng: np.random.Generator, split: Split = "train", **op
     """
     if domain not in DOMAINS:
         raise InputError(f"domain={domain!r} must be one of {', '.join(DOMAINS)}")
-    if split not in get_args(Split):
-        raise InputError(f"split={split!r} must be 'train' or 'held_out'")
     return DOMAINS[domain](rng, split, **options)
 
 
@@ -89,9 +87,27 @@ def mixture(
     Args:
         shares: how often each domain is drawn.
         options: domain -> what its generator is given besides.
+
+    Raises:
+        InputError: no room for a word, shares that cannot be drawn by, options of a domain that is not drawn.
     """
     if length < 2:
         raise InputError(f"length={length} must be at least 2: <bos> and a word")
+    if not shares or min(shares.values()) < 0 or not sum(shares.values()) > 0:
+        raise InputError(f"shares={dict(shares)!r} must not be negative, and not all of them 0")
+    unused = [name for name in options if not shares.get(name)]
+    if unused:
+        raise InputError(f"options={unused!r}: no such documents are drawn; give them shares, or leave the options out")
+    return _rows(rng, length, split, shares, options)
+
+
+def _rows(
+    rng: np.random.Generator,
+    length: int,
+    split: Split,
+    shares: Mapping[str, float],
+    options: Mapping[str, Mapping[str, Any]],
+) -> Iterator[Row]:
     names, kinds = list(shares), list(DOMAINS)
     weights = np.array([shares[name] for name in names], dtype=float)
     while True:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jambascope.errors import InputError
-from jambascope.zoo.documents import Document, Split, is_held_out, pair, pick, sentence, within
+from jambascope.zoo.documents import Document, Split, generator, is_held_out, pair, pick, sentence, within
 from jambascope.zoo.words import (
     FAMILIAR_LABELS,
     HELD_OUT_PAIRS,
@@ -110,6 +110,7 @@ def _filler(rng: np.random.Generator) -> int:
     return int(rng.choice((0, 0, 0, 1, 2)))
 
 
+@generator
 def review(
     rng: np.random.Generator,
     split: Split = "train",
@@ -159,6 +160,7 @@ def review(
     return Episode("review", tuple(words), tuple(answers), labels, tuple(positions), tuple(drawn))
 
 
+@generator
 def verdict(rng: np.random.Generator, split: Split = "train", reviews: int | None = None) -> Document:
     """One to five reviews (drawn when None), each judged by one of many synonyms of its sentiment.
 

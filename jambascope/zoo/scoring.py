@@ -111,20 +111,32 @@ def verdict_scores(model: HookedJamba, documents: Sequence[Document]) -> dict[st
     Returns:
         ``mass`` [D]: probability of all of them together. ``class_known`` [D]: 1 where, of those that only one class
         begins with, the ones of the right class are likelier.
+
+    Raises:
+        InputError: no documents, or one that does not end in a verdict.
     """
+    judged = [_last_verdict(number, doc) for number, doc in enumerate(_some(documents))]
     first = [{verdict.split()[0] for verdict in verdicts} for verdicts in VERDICTS]
     sides = [torch.tensor([VOCABULARY[w] for w in sorted(first[c] - first[1 - c])]) for c in (0, 1)]
     every = torch.tensor(sorted(VOCABULARY[word] for word in first[0] | first[1]))
-    found = {name: torch.full((len(_some(documents)),), torch.nan) for name in ("mass", "class_known")}
+    found = {name: torch.full((len(documents),), torch.nan) for name in ("mass", "class_known")}
     for index, logits in _logits(model, documents):
-        doc = documents[index]
-        at = max(i for i, word in enumerate(doc.words) if word == "Sentiment") + 2
+        at, class_ = judged[index]
         probability = logits[at].double().softmax(-1)
-        said = " ".join(doc.words[at:])
-        class_ = next(c for c in (0, 1) if said in VERDICTS[c])
         found["mass"][index] = probability[every].sum()
         found["class_known"][index] = float(probability[sides[class_]].sum() > probability[sides[1 - class_]].sum())
     return found
+
+
+def _last_verdict(number: int, document: Document) -> tuple[int, int]:
+    """Where the last verdict begins, and its class."""
+    headers = [i for i, word in enumerate(document.words) if word == "Sentiment"]
+    at = headers[-1] + 2 if headers else len(document.words)
+    said = " ".join(document.words[at:])
+    for class_ in (0, 1):
+        if said in VERDICTS[class_]:
+            return at, class_
+    raise InputError(f"documents[{number}] does not end in a verdict, but in {said!r}; draw it with reviews.verdict")
 
 
 def _some(documents: Sequence[Document]) -> Sequence[Document]:

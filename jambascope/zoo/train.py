@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Int
 
 from jambascope import training
-from jambascope.errors import ConfigError
+from jambascope.errors import CheckpointError, ConfigError
 from jambascope.initialization import initialize, mimetic
 from jambascope.model import HookedJamba
 from jambascope.zoo import progress
@@ -44,17 +45,21 @@ def train(
         out: directory of the model, ``runs/zoo/NAME/seed-SEED`` when None; what a killed run needs to continue, and
             the log, lie in its folder ``training``.
         steps, seed, learning_rate: other than the recipe's.
-        resume: continue a run that was killed.
+        resume: continue a run that was killed; a finished one stays as it is.
         snapshots: keep the weights at ``recipes.SNAPSHOTS`` too, in ``snapshots/step-NNNNN``.
 
     Raises:
         ConfigError: an unknown recipe, numbers out of range, ``out`` a file.
-        CheckpointError: resuming from a checkpoint of another recipe, steps or seed.
+        CheckpointError: resuming a run of another recipe, steps, seed or learning rate.
     """
     chosen = recipe(name, steps=steps, seed=seed, learning_rate=learning_rate)
     out = Path("runs/zoo", name, f"seed-{chosen.spec.seed}") if out is None else Path(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={str(out)!r} is a file; give a directory for the model")
+    if resume and _is_finished(out, name, chosen):
+        return out
+    if not resume:
+        _forget(out)
     model = new_model(chosen)
 
     def keep(step: int) -> None:
@@ -67,6 +72,32 @@ def train(
     _save(model, out)
     _write_record(out / RECORD, name, chosen, log)
     return out
+
+
+def _is_finished(out: Path, name: str, chosen: Recipe) -> bool:
+    """Whether the directory holds this very run, finished.
+
+    Raises:
+        CheckpointError: it holds another one, finished.
+    """
+    if not (out / RECORD).exists():
+        return False
+    found = json.loads((out / RECORD).read_text())
+    for part, now in json.loads(json.dumps({"name": name, "spec": dataclasses.asdict(chosen.spec)})).items():
+        if found.get(part) != now:
+            raise CheckpointError(
+                f"{out} holds a finished run of another {part}: {found.get(part)}, not {now}; "
+                "give that one, or another directory"
+            )
+    return True
+
+
+def _forget(out: Path) -> None:
+    """Remove what an earlier run left and would pass for this one's."""
+    for path in (out / RECORD, out / "training" / training.CHECKPOINT):
+        path.unlink(missing_ok=True)
+    for directory in (out / "snapshots").glob("step-*"):
+        shutil.rmtree(directory)
 
 
 def _write_record(path: Path, name: str, chosen: Recipe, log: list[dict[str, float]]) -> None:
