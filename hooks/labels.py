@@ -23,7 +23,9 @@ from jambascope.errors import InputError
 from jambascope.hook_point import At
 from jambascope.hooks.heads import attention_layers, head_rows, top_rows
 from jambascope.hooks.intervals import at_least, bootstrap_interval, percentiles, resampled_means
-from jambascope.zoo import language
+from jambascope.zoo.documents import Split
+from jambascope.zoo.reviews import review
+from jambascope.zoo.words import BOS, VOCABULARY
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -123,31 +125,29 @@ class LabelAttention:
 
 
 def review_prompts(
-    prompts: int = 64, shots: int = 8, split: language.Split = "held_out", seed: int = 0
+    prompts: int = 64, shots: int = 8, split: Split = "held_out", seed: int = 0, classes: int = 2
 ) -> list[FewShotPrompt]:
     """Few-shot reviews in the language of the packaged models, ``shots`` labelled ones and one to be labelled.
 
-    Both labels appear among the examples, so that the wanted one can be known.
+    All labels appear among the examples, so that the wanted one can be known.
 
     Raises:
-        InputError: no prompts, or fewer than two shots, one for each label.
+        InputError: no prompts, fewer than one shot for each label, or a number of classes or a split that does not
+            exist.
     """
     at_least("prompts", prompts)
-    at_least("shots", shots, 2)
+    at_least("shots", shots, max(2, classes))
     rng = np.random.default_rng([seed, shots])
     drawn: list[FewShotPrompt] = []
     while len(drawn) < prompts:
-        words = language.document("review", rng, split, shots=shots + 1).words
-        labels = [i + 2 for i, word in enumerate(words) if word == "Sentiment"]
-        ids = [language.BOS, *(language.VOCABULARY[word] for word in words)]
-        shown = {ids[i + 1] for i in labels[:-1]}
-        if len(shown) == 2:
-            positions = tuple(i + 1 for i in labels[:-1])
-            drawn.append(
-                FewShotPrompt(
-                    tuple(ids[: labels[-1] + 1]), positions, labels[-1], tuple(sorted(shown)), ids[labels[-1] + 1]
-                )
-            )
+        episode = review(rng, split, shots + 1, classes)
+        *examples, wanted = episode.classes
+        if len(set(examples)) == classes:
+            # Word i stands at position i + 1, behind <bos>.
+            *positions, query = (i + 1 for i in episode.label_positions)
+            tokens = (BOS, *(VOCABULARY[word] for word in episode.words[: query - 1]))
+            ids = tuple(VOCABULARY[word] for word in episode.labels)
+            drawn.append(FewShotPrompt(tokens, tuple(positions), query - 1, ids, ids[wanted]))
     return drawn
 
 

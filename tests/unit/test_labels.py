@@ -13,7 +13,7 @@ from jambascope.errors import InputError
 from jambascope.hooks import label_ablation, label_saliency, labels
 from jambascope.hooks.labels import FewShotPrompt
 from jambascope.model import initialize
-from jambascope.zoo import language
+from jambascope.zoo.words import MOODS, SENTIMENTS, VOCABULARY
 
 PROMPTS = [
     FewShotPrompt((1, 5, 40, 6, 7, 41, 8, 9, 50), (2, 5), 8, (40, 41), 40),
@@ -102,21 +102,32 @@ def test_prompts_are_made_of_tensors_too():
     assert FewShotPrompt(*tensors, torch.tensor([40, 41]), 40) == PROMPTS[0]
 
 
-def test_review_prompts():
-    prompts = labels.review_prompts(20, shots=5, seed=3)
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *language.WORDS]
+@pytest.mark.parametrize(
+    ("options", "groups", "header"),
+    [
+        ({}, SENTIMENTS, "Sentiment"),
+        ({"split": "train"}, SENTIMENTS, "Sentiment"),
+        ({"classes": 3}, tuple(MOODS.values()), "Mood"),
+    ],
+    ids=["held out", "train", "three classes"],
+)
+def test_review_prompts(options, groups, header):
+    prompts = labels.review_prompts(20, shots=5, seed=3, **options)
+    words = list(VOCABULARY)
     for prompt in prompts:
         text = [words[i] for i in prompt.tokens]
         assert text[0] == "<bos>" and len(prompt.label_positions) == 5
-        assert [text[p - 2 : p] for p in prompt.label_positions] == [["Sentiment", ":"]] * 5
-        assert text[-2:] == ["Sentiment", ":"] and prompt.query_position == len(text) - 1
+        assert [text[p - 2 : p] for p in prompt.label_positions] == [[header, ":"]] * 5
+        assert text[-2:] == [header, ":"] and prompt.query_position == len(text) - 1
         assert {prompt.tokens[p] for p in prompt.label_positions} == set(prompt.label_ids)
-        # The wanted label is the one that a review of the same sentiment carries.
+        assert len(prompt.label_ids) == options.get("classes", 2)
+        # The wanted label is the one that a review of the same class carries.
         reviews = " ".join(text).split("Review : ")[1:]
-        praised = [set(review.split()) & set(language.PRAISE) != set() for review in reviews]
-        example = praised.index(praised[-1])
+        classes = [next(c for c, group in enumerate(groups) if set(r.split()) & set(group)) for r in reviews]
+        example = classes.index(classes[-1])
         assert prompt.answer_id == prompt.tokens[prompt.label_positions[example]]
-    assert prompts == labels.review_prompts(20, shots=5, seed=3) != labels.review_prompts(20, shots=5, seed=4)
+    assert prompts == labels.review_prompts(20, shots=5, seed=3, **options)
+    assert prompts != labels.review_prompts(20, shots=5, seed=4, **options)
 
 
 # -- ablation -----------------------------------------------------------------------------------------------------
@@ -341,6 +352,9 @@ def test_prompts_that_make_no_sense(fields, message):
         (lambda m: labels.label_attention(m, [FewShotPrompt((5, 6, 7), (1,), 2, (5,))]), "no tokens but labels"),
         (lambda m: labels.review_prompts(0), "prompts=0"),
         (lambda m: labels.review_prompts(1, shots=1), "shots=1"),
+        (lambda m: labels.review_prompts(1, shots=3, classes=4), "shots=3"),
+        (lambda m: labels.review_prompts(1, classes=1), "classes=1"),
+        (lambda m: labels.review_prompts(1, split="test"), "split='test'"),
         (lambda m: label_ablation.ablate_heads(m, PROMPTS, []), "at least one"),
         (lambda m: label_ablation.ablate_heads(m, PROMPTS, [(1, 0), (1, 1), (1, 2)]), "leaves 1 others"),
         (lambda m: label_ablation.ablate_heads(m, PROMPTS, [(0, 0)]), "layer=0 has no heads"),
