@@ -90,6 +90,75 @@ def test_the_log_holds_losses_and_evaluations(tmp_path):
     assert not model.training
 
 
+def by_step(values: dict[int, float]):
+    """An evaluation that gives these numbers one after another."""
+    left = iter(values.values())
+    return lambda model: {"held_out": next(left)}
+
+
+FALLS_THEN_RISES = {2: 0.5, 4: 0.3, 6: 0.4, 8: 0.3, 10: 0.1, 12: 0.1}
+
+
+@pytest.mark.parametrize(
+    ("patience", "values", "steps"),
+    [
+        (1, FALLS_THEN_RISES, 6),
+        (2, FALLS_THEN_RISES, 8),
+        (3, FALLS_THEN_RISES, 12),
+        (None, {step: 1.0 for step in range(2, 14, 2)}, 12),
+        (1, {2: 0.5, 4: 0.5}, 4),
+        (1, {step: 1 / step for step in range(2, 14, 2)}, 12),
+    ],
+    ids=["one", "an equal is no better", "a later minimum", "none", "never better", "always better"],
+)
+def test_patience_ends_the_run(tmp_path, patience, values, steps):
+    spec = dataclasses.replace(SPEC, steps=12, evaluate_every=2, checkpoint_every=5, patience=patience)
+    model, seen = tiny(), []
+    log = fit(model, spec, batch, tmp_path, by_step(values), after_step=seen.append)
+    assert len(log) == steps and seen == list(range(steps + 1))
+    assert not model.training
+    # What ended early has a checkpoint of its last step, and does not go on when resumed.
+    again = tiny()
+    assert fit(again, spec, batch, tmp_path, by_step({}), resume=True, after_step=seen.append) == log
+    assert seen == list(range(steps + 1))
+    assert all(torch.equal(weights(again)[name], value) for name, value in weights(model).items())
+
+
+def test_patience_watches_another_number(tmp_path):
+    spec = dataclasses.replace(SPEC, evaluate_every=1, patience=1, watch="error")
+    assert len(fit(tiny(), spec, batch, tmp_path, lambda model: {"error": 1.0, "held_out": 0.0})) == 2
+
+
+def test_patience_without_its_number_is_refused(tmp_path):
+    spec = dataclasses.replace(SPEC, patience=1)
+    with pytest.raises(ConfigError, match="patience=1 needs an evaluation that gives 'held_out'; pass evaluate"):
+        fit(tiny(), spec, batch, tmp_path)
+    with pytest.raises(ConfigError, match="watch='held_out': the evaluation gives no such number"):
+        fit(tiny(), spec, batch, tmp_path, lambda model: {"loss of another name": 1.0})
+
+
+def test_after_step_sees_the_weights_of_each_step(tmp_path):
+    model, seen = tiny(), {}
+    start = weights(model)
+    fit(model, SPEC, batch, tmp_path, after_step=lambda step: seen.setdefault(step, weights(model)))
+    assert list(seen) == list(range(7))
+    embeds = [of_step["embed.weight"] for of_step in seen.values()]
+    assert torch.equal(embeds[0], start["embed.weight"]) and torch.equal(embeds[6], model.embed.weight)
+    assert not any(torch.equal(one, next_) for one, next_ in zip(embeds, embeds[1:], strict=False))
+
+
+def test_after_a_kill_the_steps_since_the_checkpoint_come_again(tmp_path):
+    def dies(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(), SPEC, batch, tmp_path, after_step=dies)
+    seen = []
+    fit(tiny(), SPEC, batch, tmp_path, resume=True, after_step=seen.append)
+    assert seen == [3, 4, 5, 6]
+
+
 def test_evaluation_sees_no_training_mode(tmp_path):
     seen = []
     fit(tiny(), SPEC, batch, tmp_path, evaluate=lambda m: seen.append((m.training, torch.is_grad_enabled())) or {})
@@ -147,6 +216,8 @@ def test_learning_rate_rises_then_falls():
         ("clip_norm", 0.0, "positive"),
         ("evaluate_every", 0, "at least 1"),
         ("checkpoint_every", True, "whole number"),
+        ("patience", 0, "at least 1, or None"),
+        ("patience", 1.5, "whole number"),
     ],
 )
 def test_a_senseless_spec_is_refused(field, value, remedy):
