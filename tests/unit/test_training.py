@@ -119,7 +119,8 @@ def test_patience_ends_the_run(tmp_path, patience, values, steps):
     assert not model.training
     # What ended early has a checkpoint of its last step, and does not go on when resumed.
     again = tiny()
-    assert fit(again, spec, batch, tmp_path, by_step({}), resume=True, after_step=seen.append) == log
+    found = fit(again, spec, batch, tmp_path, by_step({}), resume=True, after_step=seen.append)
+    assert [{key: value for key, value in row.items() if value is not None} for row in found] == log
     assert seen == list(range(steps + 1))
     assert all(torch.equal(weights(again)[name], value) for name, value in weights(model).items())
 
