@@ -30,7 +30,7 @@ TEXT_EXAMPLES = (
     "Review : the music was wonderful . Sentiment :",
     "whale Clara near lamp stone whale Clara near lamp stone whale Clara near",
     "Alice gave the book to Bob . Bob thanked",
-    "map : red seven , owl two ; query : owl ->",
+    "map : stone river , leaf mud , moss pine ; leaf ->",
 )
 ID_EXAMPLES = ("5 17 3 42 8 5 17 3 42", "5 17 3", " ".join(str(3 + i % 7) for i in range(40)))
 

@@ -2,10 +2,10 @@
 
     repeat   random words, the same words again            whale Clara near lamp whale Clara near lamp
     story    sentences whose names and things recur        Alice gave the book to Bob . Bob thanked Alice .
-    recall   a table, then questions about it              map : stone river , leaf sand ; leaf -> sand
+    recall   a table, then questions about it              map : stone river , leaf mud ; leaf -> mud
     phones   numbers of several digits by name             phones : Alice 3 7 1 , Bob 2 9 4 ; call Bob -> 2 9 4
     copy     words among noise, said again without it      copy : . stone . . leaf -> stone leaf
-    secret   one word announced, asked for much later      wave nest secret river moss tide leaf secret river
+    secret   one word announced, asked for much later      wave sand secret moon moss tide leaf secret moon
 
 ``recall`` is multi-query associative recall (Zoology, arXiv 2312.04927), ``phones`` the phone book of Repeat After Me
 (arXiv 2402.01032), on which attention and fixed-size states part; ``copy`` (selective copying) and ``secret``

@@ -13,6 +13,7 @@ from streamlit.testing.v1 import AppTest
 from jambascope import HookedJamba, JambaConfig
 from jambascope.dashboards import command, session
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.zoo.words import VOCABULARY
 
 APP = Path(session.__file__).with_name("app.py")
 SIZES = dict(d_model=16, d_vocab=20, d_inner=32, d_state=4, d_mlp=8, n_heads=2, n_key_value_heads=1, d_head=8)
@@ -68,6 +69,10 @@ def test_no_page_fails_on_any_kind_of_model(run_page, kind, page, prompt):
     app = run_page(PURE[kind], page, prompt)
     assert not app.exception
     assert app.title
+
+
+def test_the_examples_are_in_the_packaged_models_language():
+    assert {word for text in session.TEXT_EXAMPLES for word in text.split()} <= VOCABULARY.keys()
 
 
 def test_the_app_itself_starts_on_a_directory(tmp_path, monkeypatch):

@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jambascope.hf_format import config_to_hf
-from jambascope.hooks.heads import repeated_random_tokens, score_heads
+from jambascope.hf_format import config_from_hf, config_to_hf
 from jambascope.model import HookedJamba
 from jambascope.zoo import packaged_models, progress
 from jambascope.zoo.language import DOMAINS, document, mixture
@@ -79,7 +78,8 @@ def test_the_package_is_small_and_complete():
 def test_a_packaged_model_is_that_of_its_recipe(name):
     """Packed in bfloat16, computed in float32 unless asked otherwise."""
     model = HookedJamba.from_pretrained(name)
-    assert model.config == RECIPES[name].config
+    # What a file says of a model without experts is that it has one.
+    assert model.config == config_from_hf(config_to_hf(RECIPES[name].config, torch.bfloat16))
     assert model.tokenizer.get_vocab() == VOCABULARY
     assert model.dtype == torch.float32
     assert HookedJamba.from_pretrained(name, dtype="bfloat16").dtype == torch.bfloat16
@@ -112,7 +112,7 @@ def test_what_transformers_can_describe_it_opens_and_agrees_with(name):
     rows = islice(mixture(np.random.default_rng(SEED), 48, "held_out"), 4)
     tokens = torch.as_tensor(np.stack([row.ids for row in rows]))
     with torch.no_grad():
-        expected, found = theirs.float()(tokens).logits, model(tokens)
+        expected, found = theirs.float()(tokens, use_cache=False).logits, model(tokens)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
@@ -176,13 +176,6 @@ def test_it_knows_a_sentiment_without_examples(model):
     found = verdict_scores(model, [verdict(rng, "held_out", reviews=2) for _ in range(128)])
     assert found["mass"].mean() > 0.5
     assert found["class_known"].mean() > 0.8
-
-
-def test_an_attention_head_looks_at_what_followed_before(model):
-    scores = score_heads(model, repeated_random_tokens(model, 16, 24))["induction"]
-    best = scores.top(1)[0]
-    assert best["layer"] in model.config.attention_layers
-    assert best["low"] > 0.4 and best["low"] > 5 * best["control_high"]
 
 
 @pytest.mark.parametrize("domain", ["all", *DOMAINS])
