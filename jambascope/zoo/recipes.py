@@ -62,9 +62,10 @@ SNAPSHOTS = (0, 100, 200, 300, 400, 600, 800, 1000, 1200, 1600, 2000, 2600)
 """Steps whose weights ``zoo train --snapshots`` keeps, so that a study can follow what emerges when."""
 
 # On the mixture from the first step, the hybrid had read nothing of the context after 600 steps; after repetitions
-# alone, recall and phone numbers followed in 300 steps of the mixture. Other documents among the first repetitions undid
-# that (nothing repeated after 400 steps), and labels needed an easy beginning of their own (from the full mixture they
-# did not come in 1,300 steps). Pure Mamba repeats after 800 steps at a learning rate of 5e-4, and not at all at 3e-3.
+# alone, recall and phone numbers followed in 300 steps of the mixture. Other documents among the first repetitions
+# undid that (nothing repeated after 400 steps), and labels needed an easy beginning of their own (from the full
+# mixture they did not come in 1,300 steps). Pure Mamba repeats after 800 steps at a learning rate of 5e-4, and not at
+# all at 3e-3.
 CURRICULUM = (
     Stage(
         until=700,
