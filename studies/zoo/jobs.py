@@ -105,8 +105,9 @@ def state(job: Job) -> State:
     step = _same_checkpoint(job)
     if not step:
         return State()
-    columns = pq.read_table(job.directory / "training" / LOG, columns=["lm", "seconds"])
-    last = columns.slice(step - 1, 1).to_pylist()[0]
+    # Opened once: read_table opens a path twice, and the run may replace the file in between.
+    with open(job.directory / "training" / LOG, "rb") as file:
+        last = pq.ParquetFile(file).read(["lm", "seconds"]).slice(step - 1, 1).to_pylist()[0]
     return State(kind="begun", step=step, seconds=last["seconds"], loss=last["lm"])
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import re
-import signal
 import sys
-import time
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
@@ -18,42 +16,35 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from jambascope.cli import app, zoo_app
+from jambascope.config import JambaConfig
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.studies.zoo import family as zoo_family
 from jambascope.studies.zoo import family_command, jobs
 from jambascope.studies.zoo.family import RATES, SEEDS, Family
 from jambascope.studies.zoo.jobs import Job
 from jambascope.training import TrainingSpec, fit
-from jambascope.zoo import recipes
+from jambascope.zoo import progress, recipes
 from jambascope.zoo.train import RECORD, batches, new_model
 from jambascope.zoo.train import train as train_model
 from jambascope.zoo.words import VOCABULARY
 
-TINY = """
-from jambascope.config import JambaConfig
-from jambascope.training import TrainingSpec
-from jambascope.zoo import recipes
-from jambascope.zoo.words import VOCABULARY
 
-def tiny(steps=40):
+def two(steps: int = 40) -> dict[str, recipes.Recipe]:
+    """Two recipes of models that a moment trains."""
     config = JambaConfig(
         d_model=16, d_vocab=len(VOCABULARY), mixers=("mamba", "attention"), feed_forwards=("moe", "dense"), n_heads=2,
         n_key_value_heads=1, d_head=8, d_mlp=16, d_inner=32, d_state=4, num_experts=3, experts_per_token=2, n_ctx=64,
         bos_token_id=1, eos_token_ids=(2,), pad_token_id=0,
-    )
+    )  # fmt: skip
     spec = TrainingSpec(steps=steps, learning_rate=1e-3, warmup_steps=2, evaluate_every=1000, checkpoint_every=5)
     stages = (recipes.Stage(until=None, batch_size=2, sequence_length=16),)
-    return recipes.Recipe(about="tiny", config=config, spec=spec, stages=stages)
-
-def two(steps=40):
-    return {"jamba-micro": tiny(steps), "jamba-micro-rope": tiny(steps)}
-"""
-exec(TINY)  # the same recipes as in a child process
+    recipe = recipes.Recipe(about="tiny", config=config, spec=spec, stages=stages)
+    return {"jamba-micro": recipe, "jamba-micro-rope": recipe}
 
 
 @pytest.fixture
 def tiny_recipes(monkeypatch):
-    monkeypatch.setattr(recipes, "RECIPES", two())  # noqa: F821
+    monkeypatch.setattr(recipes, "RECIPES", two())
     monkeypatch.setattr(zoo_family, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(zoo_family, "cores", lambda: 2)
 
@@ -103,13 +94,24 @@ LOSSES = {
 }
 
 
+CHILD = """
+import pickle
+from pathlib import Path
+from jambascope.studies.zoo.child import main
+from jambascope.zoo import progress, recipes
+progress.summary = lambda model: {"held_out": 1.5}
+recipes.RECIPES = pickle.loads(Path(__file__).with_name("recipes.pickle").read_bytes())
+main()
+"""
+
+
 def silent(*_) -> None:
     pass
 
 
 def test_the_search_takes_the_lowest_loss_and_seeds_follow_at_that_rate(started, tmp_path):
     found = Family(list(recipes.RECIPES), tmp_path)
-    assert zoo_family.train(found, 2, silent) == {}
+    assert zoo_family.train(found, 1, silent) == {}
     searched = [f"{name}/lr-{rate:g}" for name in recipes.RECIPES for rate in RATES]
     seeds = [f"jamba-micro/seed-{seed}" for seed in SEEDS] + ["jamba-micro-rope/seed-0"]
     assert sorted(started) == sorted(searched + seeds)
@@ -187,7 +189,7 @@ def test_what_cannot_be_is_refused(tiny_recipes, tmp_path, call, message):
 
 def test_a_run_of_another_spec_is_not_taken_for_this_one(started, tmp_path, monkeypatch):
     zoo_family.train(Family(["jamba-micro"], tmp_path), 1, silent)
-    monkeypatch.setattr(recipes, "RECIPES", two(50))  # noqa: F821
+    monkeypatch.setattr(recipes, "RECIPES", two(50))
     with pytest.raises(ConfigError, match="another spec: steps 16 instead of 20; move it away, or give another --runs"):
         Family(["jamba-micro"], tmp_path)
 
@@ -220,33 +222,29 @@ def test_the_command_lists_the_runs(started, tmp_path, monkeypatch):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "RECIPES", two(steps=1000))  # noqa: F821
+    monkeypatch.setattr(recipes, "RECIPES", two(steps=500))
     monkeypatch.setattr(zoo_family, "RATES", (1e-3,))
     monkeypatch.setattr(zoo_family, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(zoo_family, "cores", lambda: 1)  # the threads decide the last bits
     child = tmp_path / "child.py"
-    patch = "recipes.RECIPES = two(steps=1000)\nfrom jambascope.studies.zoo.child import main\nmain()\n"
-    child.write_text(dedent(TINY) + patch)
+    (tmp_path / "recipes.pickle").write_bytes(pickle.dumps(recipes.RECIPES))
+    child.write_text(CHILD)
     monkeypatch.setattr(jobs, "COMMAND", [sys.executable, str(child)])
     (job,) = zoo_family.search_jobs("jamba-micro-rope", tmp_path)
 
     def kill_later(ended: Job | None, state: jobs.State | None, running: list[Job]) -> None:
-        if zoo_family.POLL_SECONDS and any(found.states[job.directory].step >= 5 for job in running):
+        if any(found.states[job.directory].step >= 5 for job in running):
             raise KeyboardInterrupt
 
     found = Family(["jamba-micro-rope"], tmp_path)
     with pytest.raises(KeyboardInterrupt):
         zoo_family.train(found, 1, kill_later)
     begun = jobs.state(job)
-    assert begun.kind == "begun" and 5 <= begun.step < 400
-    process = jobs.start(job, 1)
-    deadline = time.monotonic() + 60
-    while jobs.state(job).step == begun.step and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert begun.step < jobs.state(job).step < 400
+    assert begun.kind == "begun" and 5 <= begun.step < 200
     assert zoo_family.train(Family(["jamba-micro-rope"], tmp_path), 1, silent) == {}
-    straight = train_model("jamba-micro-rope", tmp_path / "straight", steps=400, seed=0, learning_rate=1e-3)
+    assert jobs.state(job).held_out == 1.5
+    monkeypatch.setattr(progress, "summary", lambda model: {})
+    straight = train_model("jamba-micro-rope", tmp_path / "straight", steps=200, seed=0, learning_rate=1e-3)
     expected, weights = (load_file(d / "model.safetensors") for d in (straight, job.directory))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert Path(job.directory, jobs.OUTPUT).exists()
