@@ -1,0 +1,1 @@
+"""The zoo evaluated: tasks, measurements, intervals over documents and seeds, the report."""
