@@ -33,6 +33,9 @@ GRID = "rgba(128,128,128,0.25)"
 TRAINED = "rgba(128,128,128,0.13)"
 BAND = 0.12
 """Opacity of intervals."""
+MOST_LINES = 6
+"""With more models than this, lines show ``FEW`` of them until others are asked for in the legend."""
+FEW = 4
 PANEL, AROUND = 170, 210
 """Pixels of a row of panels; of title, axis and legend together."""
 
@@ -80,7 +83,8 @@ def lines(
         x_title: of all x axes, which double from mark to mark; zero stands one mark before one.
         unit_range: whether y runs from 0 to 1.
 
-    A model with several seeds is shown by its mean over them, and each seed by a point.
+    A model with several seeds is shown by its mean over them, and each seed by a point. Of many models the first few
+    are shown, the others when their names in the legend are clicked.
     """
     columns = max(len(panels) for _, panels in rows)
     titles = [panel.title for panel in rows[0][1]]
@@ -89,16 +93,28 @@ def lines(
         len(rows), columns, subplot_titles=titles, shared_xaxes="columns", shared_yaxes="rows",
         horizontal_spacing=0.02, vertical_spacing=0.16 / (len(rows) + 1),
     )  # fmt: skip
-    look = looks(list(dict.fromkeys(p.model for _, panels in rows for panel in panels for p in panel.points)))
-    shown: set[str] = set()
-    for r, (quantity, panels) in enumerate(rows, 1):
-        for c, panel in enumerate(panels, 1):
-            _fill_panel(fig, r, c, panel, quantity, look, shown)
+    models = list(dict.fromkeys(p.model for _, panels in rows for panel in panels for p in panel.points))
+    look, shown = looks(models), set()
+    for c in range(1, columns + 1):
+        own = [panels[c - 1] for _, panels in rows if len(panels) >= c]
+        xs = sorted({p.x for panel in own for p in panel.points})
+        for r, panel in enumerate(own, 1):
+            _fill_panel(fig, r, c, panel, rows[r - 1][0], look, shown)
+            _mark_sizes(fig, r, c, xs, panel.trained, _apart(xs, columns))
+    for r, (quantity, _) in enumerate(rows, 1):
         fig.update_yaxes(title=quantity, row=r, col=1)
     fig.update_xaxes(title={"text": x_title, "standoff": 6}, row=len(rows))
     fig.update_yaxes(gridcolor=GRID, zeroline=False, **({"range": [-0.03, 1.03]} if unit_range else {}))
     fig.update_xaxes(showgrid=False, zeroline=False, tickangle=0)
+    if len(models) > MOST_LINES:
+        for model in models[FEW:]:
+            fig.update_traces({"visible": "legendonly"}, {"name": model})
     return _framed(fig, title, subtitle, height)
+
+
+def _apart(xs: Sequence[float], columns: int) -> float:
+    """Marks between two ticks, so that their numbers do not touch."""
+    return 0.4 if columns <= 3 else 0.85 if max(xs, default=0) < 100 else 1.3
 
 
 def place(x: float) -> float:
@@ -106,18 +122,30 @@ def place(x: float) -> float:
     return math.log2(x) + 1 if x >= 1 else x
 
 
+def _mark_sizes(
+    fig: go.Figure, row: int, column: int, xs: Sequence[float], trained: tuple[float, float] | None, apart: float
+) -> None:
+    """Ticks at the sizes that were measured, at least ``apart`` marks from each other, and the trained range shaded."""
+    if not xs:
+        return
+    named = [xs[0]]
+    named += [x for x in xs[1:-1] if place(x) - place(xs[0]) >= apart and place(xs[-1]) - place(x) >= apart]
+    ticks = [x for i, x in enumerate(named) if i == 0 or place(x) - place(named[i - 1]) >= apart] + xs[-1:]
+    texts = {"tickmode": "array", "tickvals": [place(x) for x in ticks], "ticktext": [f"{x:g}" for x in ticks]}
+    fig.update_xaxes(**texts, showticklabels=True, row=row, col=column)
+    if trained is not None:
+        low, high = max(place(trained[0]), place(xs[0])), min(place(trained[1]), place(xs[-1]))
+        look = {"fillcolor": TRAINED, "line_width": 0, "layer": "below"}
+        fig.add_vrect(low - 0.3, high + 0.3, **look, row=row, col=column)
+
+
 def _fill_panel(
     fig: go.Figure, row: int, column: int, panel: Panel, quantity: str, look: dict, shown: set[str]
 ) -> None:
-    xs = sorted({p.x for p in panel.points})
-    ticks = {"tickmode": "array", "tickvals": [place(x) for x in xs], "ticktext": [f"{x:g}" for x in xs]}
-    fig.update_xaxes(**ticks, showticklabels=True, row=row, col=column)
-    if panel.trained is not None and xs:
-        low, high = (place(x) for x in panel.trained)
-        fig.add_vrect(
-            max(low, place(xs[0])) - 0.3, min(high, place(xs[-1])) + 0.3, fillcolor=TRAINED, line_width=0,
-            layer="below", row=row, col=column,
-        )  # fmt: skip
+    for model, (color, dash) in look.items():
+        for trace in _model_traces(panel.points, model, quantity, color, dash, model not in shown):
+            fig.add_trace(trace, row, column)
+            shown.add(model)
     for name, points in panel.guides.items():
         trace = go.Scatter(
             x=[place(x) for x, _ in points],
@@ -125,16 +153,13 @@ def _fill_panel(
             name=name,
             legendgroup=name,
             showlegend=name not in shown,
+            legendrank=2000,
             mode="lines",
             line={"color": GUIDE, "width": 1.5, "dash": "dot" if name == "chance" else "dashdot"},
             hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
         )
         fig.add_trace(trace, row, column)
         shown.add(name)
-    for model, (color, dash) in look.items():
-        for trace in _model_traces(panel.points, model, quantity, color, dash, model not in shown):
-            fig.add_trace(trace, row, column)
-            shown.add(model)
 
 
 def _model_traces(

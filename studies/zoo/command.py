@@ -11,7 +11,7 @@ import typer
 
 OUT = Path("runs/zoo/evaluation")
 EPISODES = 96
-WIDTH = 150
+WIDTH = 170
 """Columns of the table where nobody's terminal says how many there are."""
 
 
@@ -41,11 +41,13 @@ def evaluate(
     from rich.console import Console
 
     from jambascope.errors import ConfigError
+    from jambascope.studies.bench.models import quiet_libraries
     from jambascope.studies.bench.progress import show_progress
     from jambascope.studies.zoo import evaluation, report, summary
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={str(out)!r} is a file; give a directory for the results")
+    quiet_libraries()
     found = evaluation.find_runs(models or (), runs)
     if not found:
         raise ConfigError("no model is packaged; name one, or give --runs DIR with finished runs")
