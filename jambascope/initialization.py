@@ -41,11 +41,12 @@ def initialize(model: HookedJamba, std: float = 0.02) -> None:
 
 @torch.no_grad()
 def mimetic(model: HookedJamba) -> None:
-    """Turn the Mamba layers of a model that is initialised into near copies of linear attention, so that they learn to
-    recall more easily (arXiv 2410.11135): a control that tells what a state cannot hold from what training did not find.
+    """Turn the Mamba layers of an initialised model into near copies of linear attention, so that they learn to recall
+    more easily (arXiv 2410.11135): a control that tells what a state cannot hold from what training did not find.
 
     Decay: A = -1 / 1024 in every state, and dt = 1 whatever the input, so that a state forgets 2 % in twenty tokens.
-    Keys and queries: B and C begin with the same projection, so that C_i B_j is largest where the inputs are alike.
+    Keys and queries: B and C begin with the same projection, so that C_i B_j is largest where inputs are alike; with
+    inner norms it is the cosine between them.
     """
     for layer in model.config.mamba_layers:
         mixer = model.blocks[layer].mixer
@@ -53,5 +54,7 @@ def mimetic(model: HookedJamba) -> None:
         mixer.A_log.fill_(math.log(1 / 1024))
         mixer.dt_proj.weight.zero_()
         mixer.dt_proj.bias.fill_(math.log(math.expm1(1)))  # softplus of it is 1
-        B, C = mixer.x_proj.weight[R : R + N], mixer.x_proj.weight[R + N :]
-        C.copy_(B)
+        mixer.x_proj.weight[R + N :] = mixer.x_proj.weight[R : R + N]
+        if model.config.inner_norms:
+            mixer.b_layernorm.weight.fill_(N**-0.5)
+            mixer.c_layernorm.weight.fill_(N**-0.5)

@@ -84,9 +84,11 @@ def log_uniform(rng: np.random.Generator, least: int, most: int) -> int:
     return min(most, int(np.exp(rng.uniform(np.log(least), np.log(most + 1)))))
 
 
-def _within(field: str, value: int, least: int, most: int, what: str) -> None:
-    if not least <= value <= most:
-        raise InputError(f"{field}={value!r} must lie in {least}..{most}: {what}")
+def within(field: str, value: int, least: int, most: int | None, what: str) -> None:
+    """Raise InputError unless ``least <= value <= most``; None is no upper end."""
+    if value < least or (most is not None and value > most):
+        bounds = f"be at least {least}" if most is None else f"lie in {least}..{most}"
+        raise InputError(f"{field}={value!r} must {bounds}: {what}")
 
 
 def repeat(
@@ -103,15 +105,18 @@ def repeat(
     chance alone: no sequence recurs.
     """
     length = log_uniform(rng, 4, longest) if length is None else length
-    _within("length", length, 1, pool, "the words are different")
+    within("length", length, 1, pool, "the words are different")
     times = int(rng.integers(2, 5)) if times is None else times
+    within("times", times, 1, None, "how often the words are said")
     once = [WORDS[i] for i in rng.choice(pool, length, replace=False)]
-    # The second mention of the first word comes unannounced; everything after it can be read off the context.
-    return Document("repeat", tuple(once * times), tuple(range(length + 1, length * times)))
+    # Where the words begin anew the document might end instead; everything else can be read off the context.
+    answers = [i for i in range(length, length * times) if i % length]
+    return Document("repeat", tuple(once * times), tuple(answers))
 
 
 def sentence(rng: np.random.Generator, split: Split, people: tuple[str, str], index: int | None = None) -> str:
     """A sentence of ``SENTENCES``, answers marked by "="."""
+    within("index", 0 if index is None else index, 0, len(SENTENCES) - 1, "a sentence of SENTENCES")
     thing, plurals = pair(rng, THINGS, PLURALS, split)
     place, color, size = (pick(rng, words) for words in (PLACES, COLORS, SIZES))
     template = SENTENCES[int(rng.integers(len(SENTENCES))) if index is None else index]
@@ -130,7 +135,7 @@ def story(rng: np.random.Generator, split: Split = "train", index: int | None = 
 
 def _table(rng: np.random.Generator, split: Split, keys: list[str], values: list[str], entries: int) -> dict[str, str]:
     """Different keys, each with a value that this split combines it with."""
-    _within("entries", entries, 1, len(keys), "each key stands once")
+    within("entries", entries, 1, len(keys), "each key stands once")
     table = {}
     for i in rng.choice(len(keys), entries, replace=False).tolist():
         while True:
@@ -149,6 +154,7 @@ def recall(
     The held-out split combines other keys and values; which keys it asks for is drawn in both.
     """
     table = _table(rng, split, KEYS, VALUES, log_uniform(rng, 2, 16) if entries is None else entries)
+    within("questions", questions, 0, None, "as many as there are entries at most are asked")
     words = ["map", ":"]
     for key, value in table.items():
         words += [key, value, ","]
@@ -167,6 +173,7 @@ def phones(
     """
     book = _table(rng, split, NAMES, DIGITS, log_uniform(rng, 2, 8) if entries is None else entries)
     numbers = {name: [first, pick(rng, DIGITS), pick(rng, DIGITS)] for name, first in book.items()}
+    within("questions", questions, 0, None, "as many as there are entries at most are asked")
     words = ["phones", ":"]
     for name, number in numbers.items():
         words += [name, *number, ","]
@@ -187,7 +194,8 @@ def copy(
     """
     count = int(rng.integers(2, 9)) if count is None else count
     noise = log_uniform(rng, 2, 24) if noise is None else noise
-    _within("count", count, 1, len(NOISE), "the words are different")
+    within("count", count, 1, len(NOISE), "the words are different")
+    within("noise", noise, 0, None, "dots among the words")
     said = [NOISE[i] for i in rng.choice(len(NOISE), count, replace=False)]
     scattered = ["."] * (count + noise)
     for place, word in zip(sorted(rng.choice(count + noise, count, replace=False).tolist()), said, strict=True):
@@ -202,6 +210,7 @@ def secret(rng: np.random.Generator, split: Split = "train", distance: int | Non
     Held out by length alone.
     """
     distance = log_uniform(rng, 4, 40) if distance is None else distance
+    within("distance", distance, 0, None, "words in between")
     before = [pick(rng, NOISE) for _ in range(int(rng.integers(0, 6)))]
     between = [pick(rng, NOISE) for _ in range(distance)]
     word = pick(rng, KEYS[32:])

@@ -32,14 +32,14 @@ DOMAINS: dict[str, Callable[..., Document]] = {
     "secret": secret,
 }
 SHARES = {
-    "repeat": 0.15,
-    "review": 0.25,
-    "verdict": 0.15,
-    "story": 0.15,
-    "recall": 0.12,
-    "phones": 0.08,
-    "copy": 0.05,
-    "secret": 0.05,
+    "repeat": 0.16,
+    "review": 0.14,
+    "verdict": 0.10,
+    "story": 0.12,
+    "recall": 0.20,
+    "phones": 0.13,
+    "copy": 0.06,
+    "secret": 0.09,
 }
 """How often the mixture draws each kind of document."""
 

@@ -1,4 +1,4 @@
-"""The recipes of the packaged models and of their controls: equal data, steps and shape, one thing changed at a time."""
+"""The recipes of the packaged models and their controls: equal data, steps and shape, one thing changed at a time."""
 
 from __future__ import annotations
 

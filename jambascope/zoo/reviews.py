@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jambascope.errors import InputError
-from jambascope.zoo.documents import Document, Split, pair, pick, sentence
+from jambascope.zoo.documents import Document, Split, is_held_out, pair, pick, sentence, within
 from jambascope.zoo.words import (
     FAMILIAR_LABELS,
     HELD_OUT_PAIRS,
@@ -35,8 +35,10 @@ natural: a pair such as Positive and Negative that training uses too. flipped: s
 arbitrary: things and animals, in combinations of the split. new_natural: a pair that training never uses.
 unseen: words that training never uses as labels. Training draws from the first three.
 """
-TRAINED_KINDS: tuple[LabelKind, ...] = ("natural", "flipped", "arbitrary", "arbitrary")
+TRAINED_KINDS: tuple[LabelKind, ...] = (*("natural",) * 3, "flipped", *("arbitrary",) * 4)
+"""Drawn evenly: a natural pair stands three times the right way round for each time that it is flipped."""
 HELD_OUT_KINDS: tuple[LabelKind, ...] = ("arbitrary", "new_natural", "unseen")
+TWO_CLASSES: tuple[LabelKind, ...] = ("natural", "flipped", "new_natural")
 CLASSES = (2, 2, 2, 2, 3, 4)
 """How many classes a training episode has, drawn evenly."""
 TEXTS = ["the {topic} was {word}", "the {topic} was very {word}", "I found the {topic} {word}"]
@@ -62,16 +64,24 @@ def label_words(rng: np.random.Generator, kind: LabelKind, classes: int, split: 
     """
     if kind not in get_args(LabelKind):
         raise InputError(f"kind={kind!r} must be one of {', '.join(get_args(LabelKind))}")
-    if kind in ("natural", "flipped", "new_natural"):
+    if kind in TWO_CLASSES:
         if classes != 2:
             raise InputError(f"kind={kind!r} has two classes, not classes={classes}; give 'arbitrary' or 'unseen'")
         pairs = LABEL_PAIRS[-HELD_OUT_PAIRS:] if kind == "new_natural" else LABEL_PAIRS[:-HELD_OUT_PAIRS]
         praise, blame = pairs[int(rng.integers(len(pairs)))]
         return (blame, praise) if kind == "flipped" else (praise, blame)
     pool = UNSEEN_LABELS if kind == "unseen" else FAMILIAR_LABELS
-    first = pair(rng, pool, pool, split)
-    rest = [word for word in pool if word not in first]
-    return (*first, *(rest[i] for i in rng.choice(len(rest), classes - 2, replace=False)))
+    words = list(pair(rng, pool, pool, split))
+    while len(words) < classes:
+        # Two labels held out stay apart in training, however many classes stand beside them.
+        free = [word for word in pool if word not in words and (split == "held_out" or _may_meet(pool, word, words))]
+        words.append(pick(rng, free))
+    return tuple(words)
+
+
+def _may_meet(pool: list[str], word: str, others: list[str]) -> bool:
+    """Whether training may combine a label with each of the others."""
+    return not any(is_held_out(pool.index(word), pool.index(other)) for other in others)
 
 
 def _class_words(rng: np.random.Generator, classes: int) -> list[list[str]]:
@@ -113,7 +123,8 @@ def review(
 
     Args:
         shots: drawn when None: 4 to 9, and at least twice the classes.
-        classes: drawn from ``CLASSES`` when None; 2 means sentiment, more means mood.
+        classes: when None, 2 for the kinds that are pairs, else drawn from ``CLASSES``; 2 means sentiment, more means
+            mood.
         kind: of the label words; drawn from the split's kinds when None.
         filler: sentences without sentiment in each review; 0 to 2 drawn for each review when None.
         shuffled: labels are drawn anew for every review, whatever its class: the control in which only the label
@@ -122,13 +133,16 @@ def review(
     Raises:
         InputError: counts or kinds that do not exist.
     """
-    classes = int(rng.choice(CLASSES)) if classes is None else classes
+    if classes is None:
+        classes = 2 if kind in TWO_CLASSES else int(rng.choice(CLASSES))
     adjectives = _class_words(rng, classes)
     if kind is None:
         kinds = HELD_OUT_KINDS if split == "held_out" else TRAINED_KINDS
         kind = kinds[int(rng.integers(len(kinds)))]
         kind = "arbitrary" if classes > 2 and kind != "unseen" else kind
     shots = max(int(rng.integers(4, 10)), 2 * classes) if shots is None else shots
+    within("shots", shots, 1, None, "labelled reviews")
+    within("filler", 0 if filler is None else filler, 0, None, "sentences in each review")
     labels = label_words(rng, kind, classes, split)
     words: list[str] = []
     positions, answers, drawn, shown = [], [], [], set()
@@ -152,7 +166,9 @@ def verdict(rng: np.random.Generator, split: Split = "train", reviews: int | Non
     """
     words: list[str] = []
     answers = []
-    for _ in range(int(rng.integers(1, 6)) if reviews is None else reviews):
+    reviews = int(rng.integers(1, 6)) if reviews is None else reviews
+    within("reviews", reviews, 1, None, "judged one by one")
+    for _ in range(reviews):
         class_ = int(rng.integers(2))
         words += _review(rng, split, SENTIMENTS[class_], _filler(rng), "Sentiment").split()
         judged = pick(rng, VERDICTS[class_]).split()
