@@ -1,10 +1,10 @@
 """From the values of documents to numbers with intervals: of one training over documents, of a recipe over seeds.
 
 The rule for all: the number is the mean over documents (for the calibration error, the error of the pooled bins), its
-95 % interval the bootstrap's over documents, or over seeds and then documents within (the hierarchical bootstrap of
-Davison and Hinkley 1997, section 3.8). Where every document is a hit or a miss, the interval is stretched to hold
-Wilson's, since no resampling of hits alone finds a miss. The error of bins is biased by resampling, and its interval
-corrected for that. Two or three seeds are few: an interval over them is too narrow, see :func:`hierarchical_draws`.
+95 % interval the bootstrap's over documents, or over seeds and documents within them (hierarchical). Where every
+document is a hit or a miss, the interval is stretched to hold Wilson's, since no resampling of hits alone finds a miss.
+The error of bins is biased by resampling, and its interval corrected for that. Two or three seeds are few: an interval
+over them is too narrow, see :func:`hierarchical_draws`.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def hierarchical_draws(
 ) -> Float[torch.Tensor, "resamples cell"]:
     """Statistics of draws, with replacement, of seeds and of documents within them; every seed weighs the same.
 
-    All seeds read the same documents, so a draw of documents holds for all seeds of that draw (the pigeonhole bootstrap,
-    Owen 2007, arXiv 0712.1111): drawn for each seed anew, what is hard about a document would average out, and would not.
+    All seeds read the same documents, so a draw of documents holds for all seeds of that draw (the pigeonhole
+    bootstrap, Owen 2007, arXiv 0712.1111): were they drawn for each seed anew, what is hard about a document would
+    average out, which over seeds it does not.
 
     Percentiles of the draws are an interval for the mean over all seeds and documents that could have been. With few
     seeds it is too narrow: S of them spread by sqrt((S - 1) / S) of what they should, and have short tails. Where seeds
