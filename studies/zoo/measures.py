@@ -85,11 +85,9 @@ def _labels(model: HookedJamba, task: Task, episodes: Sequence[Episode]) -> Foun
         "chance": chance,
         "accuracy of the commonest label": np.array([_commonest(episode) for episode in episodes]),
     }
-    most = scores.mass.shape[1] - 1
-    shots = [s for s in SHOTS if s <= most]
-    # Without a shot no class was shown: mass and validity alone are defined.
-    defined = {name: shots if name in ("label mass", "valid rate") else shots[1:] for name in plain}
-    found = {(name, s): values[:, s] for name, values in plain.items() for s in defined[name]}
+    found = {(name, s): values[:, s] for name, values in plain.items() for s in SHOTS if s < values.shape[1]}
+    # Before the first shot of a class nothing says its label: only mass and validity are defined there.
+    found = {key: values for key, values in found.items() if not np.isnan(values).all()}
     return found | {(CALIBRATION, None): calibration_parts(scores.confidence, scores.acc_restricted)}
 
 
@@ -101,7 +99,7 @@ def _commonest(episode: Episode) -> list[float]:
     for s, (position, word) in enumerate(zip(episode.label_positions, shown, strict=True)):
         counts = {label: shown[:s].count(label) for label in set(shown[:s])}
         best = [label for label, count in counts.items() if count == max(counts.values())]
-        found.append((word in best) / len(best) if position in episode.answers else np.nan)
+        found.append((word in best) / len(best) if best and position in episode.answers else np.nan)
     return found
 
 

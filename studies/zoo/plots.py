@@ -35,7 +35,14 @@ class Plots:
             "Episodes of reviews, labelled by words that only the reviews before explain. After s shots a model can "
             "know the class and still answer outside the episode's labels: the format gap is the accuracy among the "
             "labels less that among all words. Accuracy is taken where a shot has shown the right label.",
-            [*self._few_shot(), self._competitors(), self._shuffled(), self._calibration(), self._verdicts()],
+            [
+                *self._few_shot(),
+                self._competitors(),
+                self._shuffled(),
+                self._meaning(),
+                self._calibration(),
+                self._verdicts(),
+            ],
         )
         yield (
             "Reading the context",
@@ -105,6 +112,16 @@ class Plots:
         panels = [self._panel(name, "few-shot", "shuffled labels", name) for name in names]
         about = f"labels drawn anew for every review, so that accuracy must be chance; {SHADED}"
         return lines("Control: shuffled labels", about, [("rate", panels)], "shots")
+
+    def _meaning(self) -> go.Figure:
+        conditions = {
+            "familiar natural labels by meaning": "familiar, no shots",
+            "unseen natural labels by meaning": "never labels in training, no shots",
+            "shuffled natural labels by meaning": "familiar, 8 shuffled shots",
+        }
+        panels = [self._panel(text, "few-shot", c, "accuracy restricted") for c, text in conditions.items()]
+        about = "accuracy among the two labels, Positive for praise and so on, where no shot says so; dotted: chance"
+        return bars("Natural labels by their meaning alone", about, panels, "accuracy", 3)
 
     def _calibration(self) -> go.Figure:
         kinds = ("familiar natural", "familiar arbitrary", "unseen natural", "unseen arbitrary")

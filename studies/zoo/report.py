@@ -42,7 +42,7 @@ HEADLINE_NOTE = (
 )
 INTERVALS = (
     "Intervals are 95 %: of one training, the percentile bootstrap over documents; over several seeds, the "
-    "hierarchical one (seeds drawn with replacement, then documents within each). Of hits and misses they are "
+    "hierarchical one (seeds drawn with replacement, and documents within them). Of hits and misses they are "
     "stretched to hold Wilson's, so that all hits do not look certain. With two or three seeds they are too narrow: "
     "look at the seeds."
 )
@@ -175,8 +175,8 @@ def _page(evaluation: Evaluation, environment: dict[str, str]) -> str:
         f"documents for every model. {html.escape(INTERVALS)}</p>",
         f"<pre>{html.escape(evaluation.command)}</pre>",
         _headline_section(rows),
-        "<p>Figures: crosses and circles are single seeds, lines and bars the mean over them. Click a name in a legend to "
-        "show or hide a model, twice to see it alone.</p>",
+        "<p>Figures: crosses and circles are single seeds, lines and bars the mean over them. Click a name in a legend "
+        "to show or hide a model, twice to see it alone.</p>",
     ]
     for title, about, figures in Plots(rows).sections():
         parts += [f"<h2>{html.escape(title)}</h2>", f"<p>{html.escape(about)}</p>", *map(page.plot, figures)]

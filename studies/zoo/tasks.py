@@ -36,6 +36,8 @@ TEMPLATES = {"agreement of the verb": (7, 8), "the other person": (1, 2)}
 
 Measured = Literal["labels", "competitors", "verdicts", "answers", "rows", "positions"]
 
+Asked = Literal["shown", "drawn", "meant"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -57,6 +59,9 @@ class Task:
     """Accuracy without reading what decides the answer."""
     share: float = 1.0
     """Of the number of documents: less where they are long."""
+    asked: Asked = "shown"
+    """Which labels of an episode count for accuracy: those of classes that were shown; in a shuffled one those whose
+    word was shown, as they were drawn, so that accuracy must be chance; or the last one, by what its word means."""
     length: int = TRAINED_LENGTH
     """Ids of a row, for ``rows`` and ``positions``."""
 
@@ -81,18 +86,22 @@ def draw(task: Task, episodes: int) -> list[Document] | list[Row]:
         indices = options.pop("index")
         return [document(task.domain, rng, "held_out", index=indices[i % len(indices)]) for i in range(count)]
     drawn = [document(task.domain, rng, "held_out", **options) for _ in range(count)]
-    return [_any_label(doc) for doc in drawn] if options.get("shuffled") else drawn
+    change = {"drawn": _labels_as_drawn, "meant": _label_as_meant}.get(task.asked, lambda doc: doc)
+    return [change(doc) for doc in drawn]
 
 
-def _any_label(episode: Episode) -> Episode:
-    """An episode of shuffled labels with the labels drawn as its answers, where the word was shown before: accuracy
-    on them must be chance, whoever answers."""
-    shown = [i for i in episode.label_positions if episode.words[i] in _labels_before(episode, i)]
+def _labels_as_drawn(episode: Episode) -> Episode:
+    def before(position: int) -> set[str]:
+        return {episode.words[i] for i in episode.label_positions if i < position}
+
+    shown = [i for i in episode.label_positions if episode.words[i] in before(i)]
     return dataclasses.replace(episode, answers=tuple(shown))
 
 
-def _labels_before(episode: Episode, position: int) -> set[str]:
-    return {episode.words[i] for i in episode.label_positions if i < position}
+def _label_as_meant(episode: Episode) -> Episode:
+    last = episode.label_positions[-1]
+    words = (*episode.words[:last], episode.labels[episode.classes[-1]], *episode.words[last + 1 :])
+    return dataclasses.replace(episode, words=words, answers=(last,))
 
 
 def grid() -> tuple[Task, ...]:
@@ -116,13 +125,21 @@ def _labels() -> Iterator[Task]:
             yield _episodes(f"{words_of[kind]} labels, {classes} classes", kind=kind, classes=classes)
         yield _episodes(f"{words_of[kind]} labels, 4 filler sentences", 0.75, 16, kind=kind, filler=4)
         yield _episodes(f"{words_of[kind]} labels, 16 filler sentences", 0.5, 8, kind=kind, filler=16)
-    yield _episodes("shuffled labels", kind="arbitrary", shuffled=True)
+    yield _episodes("shuffled labels", asked="drawn", kind="arbitrary", shuffled=True)
+    for kind in ("natural", "new_natural"):
+        yield _episodes(f"{words_of[kind]} labels by meaning", most=0, asked="meant", kind=kind)
+    yield _episodes("shuffled natural labels by meaning", most=8, asked="meant", kind="natural", shuffled=True)
     for kind in ("natural", "arbitrary", "unseen"):
         yield _episodes(f"{words_of[kind]} labels", 0.5, 16, "competitors", kind=kind)
 
 
 def _episodes(
-    condition: str, share: float = 1.0, most: int = 32, measured: Measured = "labels", **options: Any
+    condition: str,
+    share: float = 1.0,
+    most: int = 32,
+    measured: Measured = "labels",
+    asked: Asked = "shown",
+    **options: Any,
 ) -> Task:
     """Reviews enough for ``most`` shots and the one to label; short ones of two classes unless ``options`` differ."""
     options = {"shots": most + 1, "classes": 2, "filler": 0} | options
@@ -130,6 +147,7 @@ def _episodes(
         task="few-shot",
         condition=condition,
         measured=measured,
+        asked=asked,
         domain="review",
         options=tuple(options.items()),
         x_name="shots",
