@@ -94,8 +94,8 @@ def headline(rows: Sequence[Row]) -> list[tuple[str, str, list[Row | None]]]:
     return table
 
 
-def _number(row: Row | None) -> tuple[str, str]:
-    """Mean and interval."""
+def number(row: Row | None) -> tuple[str, str]:
+    """Mean and interval, as the table, the page and the model cards show them."""
     if row is None or math.isnan(row.mean):
         return "-", ""
     ends = (row.low, row.high)
@@ -110,7 +110,7 @@ def print_headline(rows: Sequence[Row], console: Console) -> None:
     for title, *_ in HEADLINE:
         table.add_column(title, justify="right", min_width=len("[-0.00, -0.00]"))
     for model, seeds, numbers in headline(rows):
-        means, intervals = zip(*map(_number, numbers), strict=True)
+        means, intervals = zip(*map(number, numbers), strict=True)
         table.add_row(model, seeds, *(Text(f"{mean}\n{ends}") for mean, ends in zip(means, intervals, strict=True)))
     console.print(table)
     console.print(HEADLINE_NOTE, highlight=False)
@@ -121,7 +121,7 @@ def _headline_section(rows: Sequence[Row]) -> str:
     columns = ("model", "seeds", *(title for title, *_ in HEADLINE))
     cells = []
     for model, seeds, numbers in headline(rows):
-        cells.append((model, seeds, *(f"{mean} {ends}".strip() for mean, ends in map(_number, numbers))))
+        cells.append((model, seeds, *(f"{mean} {ends}".strip() for mean, ends in map(number, numbers))))
     return page.section("In short", columns, cells) + f"<p>{html.escape(HEADLINE_NOTE)}</p>"
 
 
