@@ -214,7 +214,7 @@ def command(name: str, training: Training) -> str:
 
 
 def _transformers_reads(model: HookedJamba) -> bool:
-    return hf_format.config_to_hf(model.config)["model_type"] != "jambascope"
+    return hf_format.config_to_hf(model.config, torch.bfloat16)["model_type"] != "jambascope"
 
 
 def _shape(run: Recipe, size: int) -> list[tuple[str, str]]:
@@ -279,8 +279,8 @@ def _search(found: dict[str, Any] | None, used: float) -> str:
         chosen = "chosen" if result["learning_rate"] == found["chosen"] else ""
         rows.append((f"{result['learning_rate']:g}", loss, f"{result['seconds'] / 60:.1f}", chosen))
     about = (
-        f"Every model of the family was trained at the same rates from seed {found['seed']}, for {found['steps']} steps "
-        f"({SEARCH_SHARE:.0%} of a whole run); the one of the lowest held-out loss (nats) at the end was taken."
+        f"Every model of the family was trained at the same rates from seed {found['seed']}, for {found['steps']} "
+        f"steps ({SEARCH_SHARE:.0%} of a whole run); the rate of the lowest held-out loss (nats) at the end was taken."
     )
     return f"{about}\n\n| rate | held-out loss | minutes | |\n|---|---|---|---|\n{_table(rows)}"
 

@@ -51,8 +51,8 @@ def trainings(name: str, runs: Path) -> list[Training]:
 
 
 def typical(found: Sequence[Training]) -> Training:
-    """The finished run of median held-out loss, of an even number the worse one in the middle: what ships is neither
-    the best of its seeds nor the worst of several."""
+    """The finished run of median held-out loss, of an even number the worse of the two in the middle: what ships is
+    not the best of its seeds."""
     finished = [training for training in found if training.state.kind == "finished"]
     return sorted(finished, key=lambda training: (training.state.held_out, training.job.seed))[len(finished) // 2]
 
