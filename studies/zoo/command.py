@@ -38,15 +38,16 @@ def evaluate(
     About a minute for each model on one core. What a model said is kept in OUT/values: a run that was interrupted goes
     on where it stopped.
     """
+    from jambascope.errors import ConfigError
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={str(out)!r} is a file; give a directory for the results")
     from rich.console import Console
 
-    from jambascope.errors import ConfigError
     from jambascope.studies.bench.models import quiet_libraries
     from jambascope.studies.bench.progress import show_progress
     from jambascope.studies.zoo import evaluation, report, summary
 
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={str(out)!r} is a file; give a directory for the results")
     quiet_libraries()
     found = evaluation.find_runs(models or (), runs)
     if not found:
