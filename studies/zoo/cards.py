@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -33,9 +34,8 @@ license: mit
 
 {about}.
 
-A language model small enough to look at whole, one of a family that differs in one thing at a time and is equal in
-data, steps and learning-rate search. It exists to have its insides examined: it speaks {d_vocab} words and knows
-nothing.
+A language model small enough to look at whole, one of a family equal in data and steps that differs in one thing at a
+time. It exists to have its insides examined: it speaks {d_vocab} words and knows nothing.
 
     from jambascope import HookedJamba
 
@@ -62,9 +62,8 @@ A document of each, or its beginning:
 {examples}
 
 Held out by construction: combinations of words whose indices in their lists add up to a multiple of five (topic and
-adjective, key and value, name and first digit, the people of a story, the first two arbitrary labels of an episode);
-the label pairs {held_out_pairs}; {unseen} words that are never labels in training. Sequences of random words
-are fresh ones.
+adjective, key and value, name and first digit, the people of a story, arbitrary labels of an episode); the label pairs
+{held_out_pairs}; {unseen} words that are never labels in training. Sequences of random words are fresh.
 
 ## Training
 
@@ -97,10 +96,12 @@ What ships is the run of median held-out loss (nats, over all domains alike), so
 ## Results
 
 Of the weights as stored (rounded to bfloat16), computed in float32; these are the numbers of `jambascope zoo eval`,
-which measures many more. {note}
+which measures many more. n is the number of documents of one seed.
 
-| | {columns} |
-|---|{rules}|
+{note}
+
+| | {columns} | n | chance |
+|---|{rules}|---|---|
 {results}
 
 {intervals}
@@ -191,11 +192,11 @@ class Card:
             stages=_table(_stages(run)),
             search=_search(self.search, self.shipped.job.learning_rate),
             seeds=_table(_seed(training, training is self.shipped) for training in self.trained),
-            note=HEADLINE_NOTE,
+            note=_filled(HEADLINE_NOTE),
             columns=" | ".join(titles),
             rules="|".join("---" for _ in titles),
             results=_table(_results(self.name, self.rows, columns)),
-            intervals=INTERVALS,
+            intervals=_filled(INTERVALS),
             router=_router(self.model),
             sequence_length=max(stage.sequence_length for stage in run.stages),
             few_seeds=_few(len(seeds)),
@@ -227,15 +228,16 @@ def _shape(run: Recipe, size: int) -> list[tuple[str, str]]:
     if c.attention_layers:
         positions = "rotary positions" if c.rotary else "no positions of any kind"
         heads = f"{c.n_heads} query heads and {c.n_key_value_heads} key/value heads of {c.d_head}, {positions}"
-        rows.append(("attention", f"at layers {_listed(c.attention_layers)}: {heads}"))
+        rows.append(("attention", f"{_at(c.attention_layers, c.n_layers)}: {heads}"))
     for kind, title in (("mamba", "Mamba"), ("mamba2", "Mamba-2")):
         layers = [i for i, mixer in enumerate(c.mixers) if mixer == kind]
         if layers:
             inner = "" if c.inner_norms or kind == "mamba2" else ", no norms on dt, B and C"
             channels = f"{c.d_inner} channels, {c.d_state} states each, convolution over {c.d_conv}{inner}"
-            rows.append((title, f"at layers {_listed(layers)}: {channels}"))
+            rows.append((title, f"{_at(layers, c.n_layers)}: {channels}"))
     if c.moe_layers:
-        rows.append(("experts", f"{c.num_experts} at layers {_listed(c.moe_layers)}, {c.experts_per_token} to a token"))
+        where = _at(c.moe_layers, c.n_layers)
+        rows.append(("experts", f"{where}: {c.num_experts}, of which a token takes {c.experts_per_token}"))
     return [*rows, ("tokens", "one per word, split at white space, case kept")]
 
 
@@ -282,7 +284,7 @@ def _search(found: dict[str, Any] | None, used: float) -> str:
         f"Every model of the family was trained at the same rates from seed {found['seed']}, for {found['steps']} "
         f"steps ({SEARCH_SHARE:.0%} of a whole run); the rate of the lowest held-out loss (nats) at the end was taken."
     )
-    return f"{about}\n\n| rate | held-out loss | minutes | |\n|---|---|---|---|\n{_table(rows)}"
+    return f"{_filled(about)}\n\n| rate | held-out loss | minutes | |\n|---|---|---|---|\n{_table(rows)}"
 
 
 def _seed(training: Training, ships: bool) -> tuple[str, ...]:
@@ -301,7 +303,10 @@ def _results(name: str, rows: Sequence[Row], seeds: Sequence[int | None]) -> Ite
                 who = "over its seeds" if seed is None else f"of seed {seed}"
                 raise ConfigError(f"results.parquet has no {title!r} of {name} {who}; run jambascope zoo eval anew")
             cells.append(" ".join(number(found[seed, *where])).strip())
-        yield title, *cells
+        first = found[seeds[0], *where]
+        task, condition, x, measure = where
+        chance = found.get((seeds[0], task, condition, x, "chance")) if measure.startswith("accuracy") else None
+        yield title, *cells, first.n, number(chance)[0]
 
 
 def _router(model: HookedJamba) -> str:
@@ -330,6 +335,16 @@ def _few(seeds: int) -> str:
             "One seed: how often another finds the same mechanism is not known; the intervals are over documents only."
         )
     return f"{seeds} seeds say little about how often another finds the same mechanism."
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 118)
+
+
+def _at(layers: Sequence[int], n_layers: int) -> str:
+    if len(layers) == n_layers:
+        return "at every layer"
+    return f"at layer{'s' * (len(layers) > 1)} {_listed(layers)}"
 
 
 def _listed(numbers: Iterable[int], by: str = ", ") -> str:

@@ -48,7 +48,7 @@ def family(
     chosen = Family(list(dict.fromkeys(names or RECIPES)), runs, tuple(first or ()))
     broken: dict[Job, str] = {}
     if not dry_run:
-        with _shown(chosen, jobs) as show:
+        with _shown(chosen, jobs, Console(stderr=True, highlight=False, markup=False)) as show:
             broken = train(chosen, jobs, show)
     console.print(runs_table(chosen))
     failed = [name for name in chosen.names if chosen.searched(name) and chosen.chosen(name) is None]
@@ -85,11 +85,8 @@ def runs_table(family: Family) -> Table:
 
 
 @contextmanager
-def _shown(family: Family, jobs: int) -> Iterator[Any]:
-    """What ``family.train`` is to call: a live table on a terminal, else lines, both on stderr."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, markup=False)
+def _shown(family: Family, jobs: int, console: Console) -> Iterator[Any]:
+    """What ``family.train`` is to call: a live table on a terminal, else lines."""
     if not console.is_terminal:
         yield _lines(console, family, jobs)
         return

@@ -108,7 +108,8 @@ def results_rows() -> list[Row]:
                 mean = (i + 1) * 0.04 + j * 0.01
                 where = (name, seed, None, task, condition, None, x, measure)
                 rows.append(Row(*where, mean, mean - 0.4, mean + 0.4, 96, 3 if seed is None else 1))
-    return rows
+    chance = ("jamba-micro", 0, None, "recall", "up to 8 questions", "pairs", 16, "chance")
+    return [*rows, Row(*chance, 0.0625, 0.0625, 0.0625, 96, 1)]
 
 
 def write_results(runs: Path) -> None:
@@ -160,8 +161,9 @@ def test_the_card_holds_every_run_and_every_number(runs, tmp_path):
     assert "{" not in card and "}" not in card
     for i, (title, *_) in enumerate(HEADLINE):
         cells = [" ".join(number(row)) for row in results_rows()[4 * i : 4 * i + 4]]
-        assert f"| {' | '.join([title, *cells])} |" in card
-    assert "| | seed 0 | seed 1 | seed 2 | all seeds |" in card
+        chance = "0.06" if title.startswith("recall") else "-"
+        assert f"| {' | '.join([title, *cells])} | 96 | {chance} |" in card
+    assert "| | seed 0 | seed 1 | seed 2 | all seeds | n | chance |" in card
     for line in (
         "A tiny hybrid.",
         "| 0 | 3.125 | 0 |  |",
@@ -175,7 +177,7 @@ def test_the_card_holds_every_run_and_every_number(runs, tmp_path):
         "2 steps, 88 tokens,",
         "| 0-0 | 2 x 12 | repeat only |",
         "| 1-1 | 2 x 32 | all domains |",
-        "| experts | 3 at layers 0, 2 to a token |",
+        "| experts | at layer 0: 3, of which a token takes 2 |",
         "| layer | 0 | 1 | 2 | CV |",
         "library_name: transformers",
     ):
@@ -186,10 +188,10 @@ def test_the_card_holds_every_run_and_every_number(runs, tmp_path):
 def test_a_card_of_one_seed_without_search_or_experts(runs, tmp_path):
     ship.ship(runs, runs / "evaluation", tmp_path / "package", ["mamba-micro"])
     card = (tmp_path / "package" / "mamba-micro" / "README.md").read_text()
-    assert "| | seed 0 |\n" in card and "all seeds" not in card
+    assert "| | seed 0 | n | chance |\n" in card and "all seeds" not in card
     assert "No search was made for this model; 0.001 is its recipe's." in card
     assert "    jambascope zoo train mamba-micro --out DIR\n" in card
-    assert "Router" not in card and "attention |" not in card
+    assert "Router" not in card and "| attention |" not in card and "| Mamba | at every layer: 32 channels" in card
     assert "- One seed: " in card
     assert not (tmp_path / "package" / "jamba-micro").exists()
 
@@ -202,7 +204,7 @@ def change_weights(runs: Path) -> None:
 
 
 def lose_a_number(runs: Path) -> None:
-    records.pq.write_table(table(results_rows()[:-1]), runs / "evaluation" / "results.parquet")
+    records.pq.write_table(table(results_rows()[:-2]), runs / "evaluation" / "results.parquet")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -219,6 +221,36 @@ def test_the_command_lists_the_runs(started, tmp_path, monkeypatch):
     assert re.search(r"jamba-micro/lr-0.00075 +0.00075 +16 of 16 +3.500 +1.0", result.output)
     assert re.search(r"jamba-micro/lr-0.0015 +0.0015 +0 of 16", result.output)
     assert "1 of 6 runs are over" in result.output
+
+
+def test_the_command_tells_what_it_did(started, tmp_path):
+    command = typer.Typer()
+    command.command()(family_command.family)
+    result = CliRunner().invoke(command, ["--runs", str(tmp_path), "--jobs", "2"])
+    assert result.exit_code == 0, result.output
+    assert "jamba-micro/lr-0.0015: begins\n" in result.stderr
+    assert "jamba-micro/lr-0.0015: held-out loss 3.200 after 16 steps, 1.0 min\n" in result.stderr
+    assert "jamba-micro/lr-0.003: failed: learning_rate=0.003: the loss became nan at step 7" in result.stderr
+    assert re.search(r"jamba-micro/seed-2 +0.0015 +40 of 40 +6.000 +1.0", result.stdout)
+    assert re.search(r"jamba-micro/lr-0.0015 +0.0015 \* ", result.stdout)
+    assert "10 of 10 runs are over" in result.stdout
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
+def test_what_runs_is_shown(started, tmp_path, terminal, monkeypatch):
+    monkeypatch.setattr(family_command, "LINE_SECONDS", 0.0)
+    found = Family(["jamba-micro"], tmp_path)
+    job = zoo_family.search_jobs("jamba-micro", tmp_path)[0]
+    jobs.start(job, 1)
+    found.look(job)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=90, highlight=False)
+    with family_command._shown(found, 2, console) as show:
+        show(job, found.state(job), [job])
+        show(None, None, [job])
+    seen = console.file.getvalue()
+    assert "jamba-micro/lr-0.00075: held-out loss 3.500" in seen
+    assert "1 of 6 runs over, 5 min left" in seen
+    assert "16/16" in seen
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
