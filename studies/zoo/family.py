@@ -15,6 +15,7 @@ import dataclasses
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ KEEPING = ("jamba-micro", "mamba-micro")
 """Recipes whose first seed keeps snapshots on the way."""
 SEARCH = "search.json"
 POLL_SECONDS = 1.0
+TRIES = 2
+"""How often a run is begun in one call, when its process ends without having diverged: it may have been killed."""
 
 
 def search_jobs(name: str, runs: Path) -> list[Job]:
@@ -155,13 +158,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train(
-    family: Family, at_a_time: int, show: Callable[[Job | None, State | None, Sequence[Job]], None]
-) -> dict[Job, str]:
+Show = Callable[[Sequence[Job], Job | None, str | None], None]
+"""Given the running jobs and, when one began or ended, that one and what is to be said of it."""
+
+
+def train(family: Family, at_a_time: int, show: Show) -> dict[Job, str]:
     """Train what is not finished, ``at_a_time`` runs at once, each with as many threads as cores are left for it.
 
     Args:
-        show: called about every second with the running jobs, and with a job and its state when one began or ended.
+        show: called about every second, and when a run begins or ends.
 
     Returns:
         Job -> why it ended, of runs that ended neither finished nor diverged; a further call goes on with them.
@@ -173,6 +178,7 @@ def train(
         raise ConfigError(f"jobs={at_a_time} must lie in 1..{cores()}: every run needs a core of its own")
     running: dict[Job, subprocess.Popen] = {}
     broken: dict[Job, str] = {}
+    tries: Counter[Job] = Counter()
     for name in family.names:
         _conclude_search(family, name)
     try:
@@ -181,17 +187,20 @@ def train(
                 status = running.pop(job).returncode
                 if error := _conclude(family, job, status):
                     broken[job] = error
-                show(job, family.state(job), list(running))
-            ready = (job for job in family.jobs() if job not in running and job not in broken)
+                show(list(running), job, error or _ended(family.state(job)))
+            ready = (job for job in family.jobs() if job not in running and tries[job] < TRIES)
             ready = (job for job in ready if job.learning_rate is not None and not family.state(job).over)
             while len(running) < at_a_time and (job := next(ready, None)) is not None:
+                tries[job] += 1
+                broken.pop(job, None)
                 running[job] = jobs.start(job, cores() // at_a_time)
-                show(job, family.state(job), list(running))
+                step = family.state(job).step
+                show(list(running), job, f"goes on at step {step}" if step else "begins")
             if not running:
                 return broken
             for job in running:
                 family.look(job)
-            show(None, None, list(running))
+            show(list(running), None, None)
             time.sleep(POLL_SECONDS)
     finally:
         jobs.stop(list(running.values()))
@@ -207,6 +216,12 @@ def _conclude(family: Family, job: Job, status: int) -> str | None:
         return None
     how = f"signal {-status}" if status < 0 else f"status {status}"
     return f"ended with {how}; see {job.directory / jobs.OUTPUT}"
+
+
+def _ended(state: State) -> str:
+    if state.kind == "failed":
+        return f"failed: {state.error}"
+    return f"held-out loss {state.held_out:.3f} after {state.step} steps, {state.seconds / 60:.1f} min"
 
 
 def _conclude_search(family: Family, name: str) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from jambascope.studies.zoo.family import Family
-    from jambascope.studies.zoo.jobs import Job, State
+    from jambascope.studies.zoo.family import Family, Show
+    from jambascope.studies.zoo.jobs import Job
 
 WIDTH = 100
 """Columns where nobody's terminal says how many there are."""
@@ -85,7 +85,7 @@ def runs_table(family: Family) -> Table:
 
 
 @contextmanager
-def _shown(family: Family, jobs: int, console: Console) -> Iterator[Any]:
+def _shown(family: Family, jobs: int, console: Console) -> Iterator[Show]:
     """What ``family.train`` is to call: a live table on a terminal, else lines."""
     if not console.is_terminal:
         yield _lines(console, family, jobs)
@@ -94,35 +94,27 @@ def _shown(family: Family, jobs: int, console: Console) -> Iterator[Any]:
 
     with Live(console=console, transient=True, auto_refresh=False) as live:
 
-        def show(job: Job | None, state: State | None, running: Sequence[Job]) -> None:
+        def show(running: Sequence[Job], job: Job | None, event: str | None) -> None:
             if job is not None:
-                live.console.print(_event(job, state))
+                live.console.print(f"{job.title}: {event}")
             live.update(_running_table(family, jobs, running), refresh=True)
 
         yield show
 
 
-def _lines(console: Console, family: Family, jobs: int) -> Any:
+def _lines(console: Console, family: Family, jobs: int) -> Show:
     last = time.monotonic()
 
-    def show(job: Job | None, state: State | None, running: Sequence[Job]) -> None:
+    def show(running: Sequence[Job], job: Job | None, event: str | None) -> None:
         nonlocal last
         if job is not None:
-            console.print(_event(job, state), soft_wrap=True)
+            console.print(f"{job.title}: {event}", soft_wrap=True)
         elif time.monotonic() - last > LINE_SECONDS:
             last = time.monotonic()
             steps = "  ".join(f"{job.title} {_steps(family, job)}" for job in running)
             console.print(f"{steps}  {_overall(family, jobs)}", soft_wrap=True)
 
     return show
-
-
-def _event(job: Job, state: State) -> str:
-    if state.kind == "finished":
-        return f"{job.title}: held-out loss {state.held_out:.3f} after {state.step} steps, {state.seconds / 60:.1f} min"
-    if state.kind == "failed":
-        return f"{job.title}: failed: {state.error}"
-    return f"{job.title}: " + (f"goes on at step {state.step}" if state.step else "begins")
 
 
 def _steps(family: Family, job: Job) -> str:

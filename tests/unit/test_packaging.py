@@ -46,7 +46,14 @@ print(jambascope.__file__, *names)
     out = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith(str(site))
-    for name in ("hooks", "studies.figures", "studies.bench", "studies.zoo", "dashboards.command", "kernels.selective_scan.cpu"):
+    for name in (
+        "hooks",
+        "studies.figures",
+        "studies.bench",
+        "studies.zoo",
+        "dashboards.command",
+        "kernels.selective_scan.cpu",
+    ):
         assert f"jambascope.{name}" in out.stdout.split()
 
 

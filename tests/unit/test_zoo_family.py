@@ -71,7 +71,7 @@ def started(tiny_recipes, monkeypatch) -> list[str]:
 
     def start(job: Job, threads: int) -> Ended:
         titles.append(job.title)
-        job.directory.mkdir(parents=True)
+        job.directory.mkdir(parents=True, exist_ok=True)
         loss = LOSSES.get(job.title, 4.0 + job.seed)
         if isinstance(loss, str):
             (job.directory / jobs.OUTPUT).write_text(f"step 1/4\n{loss}\n")
@@ -154,10 +154,9 @@ def test_a_run_that_ends_otherwise_is_named_and_tried_again(started, tmp_path, m
     assert [(job.title, error) for job, error in broken.items()] == [
         ("jamba-micro/lr-0.0015", f"ended with status 1; see {tmp_path / 'jamba-micro' / 'lr-0.0015' / 'train.log'}")
     ]
+    assert started.count("jamba-micro/lr-0.0015") == 2
     assert "jamba-micro/lr-0.003" in started and "jamba-micro/seed-0" not in started
     monkeypatch.setitem(LOSSES, "jamba-micro/lr-0.0015", 3.2)
-    (tmp_path / "jamba-micro" / "lr-0.0015" / jobs.OUTPUT).unlink()
-    (tmp_path / "jamba-micro" / "lr-0.0015").rmdir()
     assert zoo_family.train(Family(["jamba-micro"], tmp_path), 2, silent) == {}
     assert started[-1] == "jamba-micro/seed-2"
 
@@ -245,10 +244,10 @@ def test_what_runs_is_shown(started, tmp_path, terminal, monkeypatch):
     found.look(job)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=90, highlight=False)
     with family_command._shown(found, 2, console) as show:
-        show(job, found.state(job), [job])
-        show(None, None, [job])
+        show([job], job, "begins")
+        show([job], None, None)
     seen = console.file.getvalue()
-    assert "jamba-micro/lr-0.00075: held-out loss 3.500" in seen
+    assert "jamba-micro/lr-0.00075: begins" in seen
     assert "1 of 6 runs over, 5 min left" in seen
     assert "16/16" in seen
 
@@ -264,7 +263,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "COMMAND", [sys.executable, str(child)])
     (job,) = zoo_family.search_jobs("jamba-micro-rope", tmp_path)
 
-    def kill_later(ended: Job | None, state: jobs.State | None, running: list[Job]) -> None:
+    def kill_later(running: list[Job], *_: object) -> None:
         if any(found.states[job.directory].step >= 5 for job in running):
             raise KeyboardInterrupt
 
