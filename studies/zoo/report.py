@@ -106,6 +106,12 @@ def _number(row: Row | Difference | None) -> tuple[str, str]:
     return f"{row.mean:.2f}", "" if not all(map(math.isfinite, ends)) else "[{:.2f}, {:.2f}]".format(*ends)
 
 
+def _cell(row: Row | Difference | None) -> str:
+    """Both on one line, which may break between them only."""
+    mean, interval = _number(row)
+    return f"{mean} {interval.replace(' ', chr(160))}".strip()
+
+
 def print_headline(rows: Sequence[Row], console: Console) -> None:
     """A line of numbers and one of intervals for each model."""
     table = Table(title="Zoo evaluation", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
@@ -125,7 +131,7 @@ def _headline_section(rows: Sequence[Row]) -> str:
     columns = ("model", "seeds", *(title for title, *_ in HEADLINE))
     cells = []
     for model, seeds, numbers in headline(rows):
-        cells.append((model, seeds, *(f"{mean} {ends}".strip() for mean, ends in map(_number, numbers))))
+        cells.append((model, seeds, *map(_cell, numbers)))
     return page.section("In short", columns, cells) + f"<p>{html.escape(HEADLINE_NOTE)}</p>"
 
 
@@ -135,11 +141,10 @@ def _difference_section(rows: Sequence[Difference]) -> str:
     columns = ("model", "seeds", *(title for title, *_ in HEADLINE))
     cells = []
     for model, seeds in dict.fromkeys((row.model, row.seeds) for row in rows):
-        numbers = (_number(found.get((model, *where))) for _, *where in HEADLINE)
-        cells.append((model, str(seeds), *(f"{mean} {ends}".strip() for mean, ends in numbers)))
+        cells.append((model, str(seeds), *(_cell(found.get((model, *where))) for _, *where in HEADLINE)))
     about = (
         f"Mean over seeds less that of {REFERENCE}, on the same documents; documents are drawn for both together, "
-        "seeds by themselves. Of a model with one seed the interval is for those weights: how trainings differ is left out."
+        "seeds by themselves. Of a model with one seed the interval leaves out how trainings differ."
     )
     section = page.section(f"Less {REFERENCE}", columns, cells)
     return section and section + f"<p>{html.escape(about)}</p>"
@@ -176,6 +181,10 @@ def _task_rows(episodes: int) -> list[tuple[str, ...]]:
     rows = []
     for (name, condition, measured), group in grouped.items():
         sizes = ", ".join(f"{task.x:g}" for task in group if task.x is not None)
+        if measured in ("labels", "competitors"):
+            sizes = f"0 to {dict(group[0].options)['shots'] - 1}"
+        elif measured == "positions":
+            sizes = f"1 to {group[0].length - 1}"
         size = f"{group[0].x_name} {sizes}".strip() if group[0].x_name else ""
         trained = "{} to {}".format(*group[0].trained) if group[0].trained else ""
         counts = sorted({task.count(episodes) for task in group})
