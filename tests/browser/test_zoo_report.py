@@ -63,7 +63,7 @@ def test_the_page_draws_all_models_in_its_colours(browser, page_path):
     legend = plots.nth(0).locator(".legendtext")
     assert legend.all_text_contents() == [*MODELS, "chance"]
     # A band and a line for each of three models, and marks for the seeds of one, in each of 25 panels; chance in ten.
-    assert plots.nth(0).locator(".scatterlayer .trace").count() == 25 * 9 + 10
+    assert plots.nth(0).locator(".scatterlayer .trace").count() == 25 * 7 + 10
     page.wait_for_function("getComputedStyle(document.querySelector('.gtitle')).fill === 'rgb(227, 232, 237)'")
     assert page.locator("pre").inner_text() == "jambascope zoo eval <x>"
     first = page.locator("table").first.locator("tbody tr").first
