@@ -77,12 +77,12 @@ CURRICULUM = (
 SPEC = TrainingSpec(steps=3000, learning_rate=1.5e-3, warmup_steps=20, evaluate_every=100, checkpoint_every=100)
 JAMBA = JambaConfig.jamba(
     n_layers=8,
-    d_model=96,
+    d_model=64,
     d_vocab=len(VOCABULARY),
     n_heads=4,
     n_key_value_heads=2,
-    d_head=24,
-    d_mlp=96,
+    d_head=16,
+    d_mlp=64,
     num_experts=8,
     d_state=16,
     n_ctx=2048,
@@ -121,18 +121,18 @@ RECIPES = {
         mixers=("attention",) * JAMBA.n_layers,
         rotary=True,
         n_key_value_heads=4,
-        d_mlp=156,
+        d_mlp=104,
     ),
     # Two of eight experts at every second layer are as wide as this at every layer.
     "jamba-micro-dense": _recipe(
-        "no experts, as many active parameters", feed_forwards=("dense",) * JAMBA.n_layers, d_mlp=144
+        "no experts, as many active parameters", feed_forwards=("dense",) * JAMBA.n_layers, d_mlp=96
     ),
     "jamba-micro-rope": _recipe("rotary positions in the attention layer", rotary=True),
     "jamba-micro-no-inner-norm": _recipe("no norms on dt, B and C inside Mamba", inner_norms=False),
     "jamba-micro-mamba2": _recipe(
         "Mamba-2 for Mamba, with 64 states, as its authors make them larger",
         mixers=tuple("mamba2" if mixer == "mamba" else mixer for mixer in JAMBA.mixers),
-        mamba_d_head=24,
+        mamba_d_head=16,
         d_state=64,
     ),
     "mamba-micro-state-4": _recipe(
