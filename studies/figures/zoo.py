@@ -114,7 +114,7 @@ def lines(
 
 def _apart(xs: Sequence[float], columns: int) -> float:
     """Marks between two ticks, so that their numbers do not touch."""
-    return 0.4 if columns <= 3 else 0.85 if max(xs, default=0) < 100 else 1.3
+    return 0.4 if columns <= 3 else 0.85 if max(xs, default=0) < 100 else 1.1
 
 
 def place(x: float) -> float:
@@ -128,9 +128,11 @@ def _mark_sizes(
     """Ticks at the sizes that were measured, at least ``apart`` marks from each other, and the trained range shaded."""
     if not xs:
         return
-    named = [xs[0]]
-    named += [x for x in xs[1:-1] if place(x) - place(xs[0]) >= apart and place(xs[-1]) - place(x) >= apart]
-    ticks = [x for i, x in enumerate(named) if i == 0 or place(x) - place(named[i - 1]) >= apart] + xs[-1:]
+    ticks = [xs[0]]
+    for x in xs[1:-1]:
+        if place(x) - place(ticks[-1]) >= apart and place(xs[-1]) - place(x) >= apart:
+            ticks.append(x)
+    ticks += xs[-1:] if len(xs) > 1 else []
     texts = {"tickmode": "array", "tickvals": [place(x) for x in ticks], "ticktext": [f"{x:g}" for x in ticks]}
     fig.update_xaxes(**texts, showticklabels=True, row=row, col=column)
     if trained is not None:
@@ -234,8 +236,8 @@ def bars(title: str, subtitle: str, panels: Sequence[Panel], unit: str, columns:
         for model, (color, dash) in look.items():
             for trace in _bar_traces(panel.points, model, color, dash, unit):
                 fig.add_trace(trace, row, column)
-        for name, points in panel.guides.items():
-            fig.add_vline(points[0][1], line={"color": GUIDE, "dash": "dot"}, row=row, col=column, name=name)
+        for points in panel.guides.values():
+            fig.add_vline(points[0][1], line={"color": GUIDE, "dash": "dot"}, row=row, col=column)
     fig.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, title=unit, title_standoff=6)
     fig.update_yaxes(showgrid=False, autorange="reversed")
     fig.update_layout(barmode="overlay", bargap=0.3)

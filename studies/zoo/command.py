@@ -29,7 +29,7 @@ def evaluate(
         typer.Option(help="Evaluate the finished runs of the names here too: RUNS/NAME/seed-*/, such as runs/zoo."),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Directory for results.parquet, report.html, spec.json and environment.json.")
+        Path, typer.Option(help="Directory for report.html, results.parquet and what belongs to them.")
     ] = OUT,
     episodes: Annotated[int, typer.Option(min=2, help="Documents of a task; of long ones fewer.")] = EPISODES,
 ) -> None:
@@ -46,7 +46,7 @@ def evaluate(
 
     from jambascope.studies.bench.models import quiet_libraries
     from jambascope.studies.bench.progress import show_progress
-    from jambascope.studies.zoo import evaluation, report, summary
+    from jambascope.studies.zoo import differences, evaluation, report, summary
 
     quiet_libraries()
     found = evaluation.find_runs(models or (), runs)
@@ -56,7 +56,8 @@ def evaluate(
         values = evaluation.evaluate(found, out / "values", episodes, progress)
     rows = summary.rows_of(found, values)
     command = shlex.join(["jambascope", *sys.argv[1:]])
-    report.write(report.Evaluation(command, episodes, found, rows), out)
+    less = differences.differences_of(found, values)
+    report.write(report.Evaluation(command, episodes, found, rows, less), out)
     console = Console()
     report.print_headline(rows, console if console.is_terminal else Console(width=WIDTH))
     typer.echo(f"report: {out / 'report.html'}; every number: {out / 'results.parquet'}")

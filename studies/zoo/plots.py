@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import plotly.graph_objects as go
 
@@ -13,7 +14,7 @@ from jambascope.studies.zoo.tasks import TRAINED_LENGTH, Task, grid
 from jambascope.zoo.language import DOMAINS
 
 FORMAT = ("label mass", "valid rate", "accuracy free", "accuracy restricted", "format gap")
-GUIDES = {"accuracy free": True, "accuracy restricted": True, "accuracy": True, "class known": True}
+GUIDED = ("accuracy free", "accuracy restricted", "accuracy", "class known")
 """Measures beside which chance is drawn."""
 SHADED = "shaded: as in training"
 
@@ -60,7 +61,7 @@ class Plots:
         rows = self._rows.get((task, condition, measure), [])
         of: Task | None = self._tasks.get((task, condition))
         guides = {}
-        if measure in GUIDES:
+        if measure in GUIDED:
             for name, text in (("chance", "chance"), ("accuracy of the commonest label", "commonest label so far")):
                 own = self._rows.get((task, condition, name), [])
                 line = {row.x: row.mean for row in own if row.model == self._first and row.mean == row.mean}
@@ -120,6 +121,7 @@ class Plots:
             "shuffled natural labels by meaning": "familiar, 8 shuffled shots",
         }
         panels = [self._panel(text, "few-shot", c, "accuracy restricted") for c, text in conditions.items()]
+        panels = [replace(p, guides={k: v for k, v in p.guides.items() if k == "chance"}) for p in panels]
         about = "accuracy among the two labels, Positive for praise and so on, where no shot says so; dotted: chance"
         return bars("Natural labels by their meaning alone", about, panels, "accuracy", 3)
 

@@ -19,7 +19,8 @@ from rich.text import Text
 from jambascope.studies import page
 from jambascope.studies.bench.peers import versions
 from jambascope.studies.environment import machine
-from jambascope.studies.zoo import summary, tasks
+from jambascope.studies.zoo import differences, summary, tasks
+from jambascope.studies.zoo.differences import REFERENCE, Difference
 from jambascope.studies.zoo.evaluation import UNKNOWN_SEED, Run, fingerprint, write_table, write_text
 from jambascope.studies.zoo.plots import Plots
 from jambascope.studies.zoo.summary import Row
@@ -56,12 +57,15 @@ class Evaluation:
     episodes: int
     runs: Sequence[Run]
     rows: Sequence[Row]
+    differences: Sequence[Difference]
 
 
 def write(evaluation: Evaluation, out: Path) -> None:
-    """``results.parquet``, ``spec.json``, ``environment.json`` and ``report.html``, each replaced as a whole."""
+    """``results.parquet``, ``differences.parquet``, ``spec.json``, ``environment.json`` and ``report.html``, each
+    replaced as a whole."""
     environment = machine(torch.device("cpu")) | versions()
     write_table(out / "results.parquet", summary.table(evaluation.rows))
+    write_table(out / "differences.parquet", differences.table(evaluation.differences))
     write_text(out / "spec.json", json.dumps(_spec(evaluation), indent=1) + "\n")
     write_text(out / "environment.json", json.dumps(environment, indent=1) + "\n")
     write_text(out / "report.html", _page(evaluation, environment))
@@ -94,21 +98,27 @@ def headline(rows: Sequence[Row]) -> list[tuple[str, str, list[Row | None]]]:
     return table
 
 
-def number(row: Row | None) -> tuple[str, str]:
-    """Mean and interval, as the table, the page and the model cards show them."""
+def number(row: Row | Difference | None) -> tuple[str, str]:
+    """Mean and interval, as terminal, page and model cards show them."""
     if row is None or math.isnan(row.mean):
         return "-", ""
     ends = (row.low, row.high)
     return f"{row.mean:.2f}", "" if not all(map(math.isfinite, ends)) else "[{:.2f}, {:.2f}]".format(*ends)
 
 
+def _cell(row: Row | Difference | None) -> str:
+    """Both on one line, which may break between them only."""
+    mean, interval = number(row)
+    return f"{mean} {interval.replace(' ', chr(160))}".strip()
+
+
 def print_headline(rows: Sequence[Row], console: Console) -> None:
     """A line of numbers and one of intervals for each model."""
     table = Table(title="Zoo evaluation", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", no_wrap=True)
+    table.add_column("model", max_width=28, overflow="fold")
     table.add_column("seeds")
     for title, *_ in HEADLINE:
-        table.add_column(title, justify="right", min_width=len("[-0.00, -0.00]"))
+        table.add_column(title, justify="right")
     for model, seeds, numbers in headline(rows):
         means, intervals = zip(*map(number, numbers), strict=True)
         table.add_row(model, seeds, *(Text(f"{mean}\n{ends}") for mean, ends in zip(means, intervals, strict=True)))
@@ -121,8 +131,23 @@ def _headline_section(rows: Sequence[Row]) -> str:
     columns = ("model", "seeds", *(title for title, *_ in HEADLINE))
     cells = []
     for model, seeds, numbers in headline(rows):
-        cells.append((model, seeds, *(f"{mean} {ends}".strip() for mean, ends in map(number, numbers))))
+        cells.append((model, seeds, *map(_cell, numbers)))
     return page.section("In short", columns, cells) + f"<p>{html.escape(HEADLINE_NOTE)}</p>"
+
+
+def _difference_section(rows: Sequence[Difference]) -> str:
+    """The numbers in short, each model less the reference."""
+    found = {(row.model, row.task, row.condition, row.x, row.measure): row for row in rows}
+    columns = ("model", "seeds", *(title for title, *_ in HEADLINE))
+    cells = []
+    for model, seeds in dict.fromkeys((row.model, row.seeds) for row in rows):
+        cells.append((model, str(seeds), *(_cell(found.get((model, *where))) for _, *where in HEADLINE)))
+    about = (
+        f"Mean over seeds less that of {REFERENCE}, on the same documents; documents are drawn for both together, "
+        "seeds by themselves. Of a model with one seed the interval leaves out how trainings differ."
+    )
+    section = page.section(f"Less {REFERENCE}", columns, cells)
+    return section and section + f"<p>{html.escape(about)}</p>"
 
 
 RUN_COLUMNS = ("model", "seed", "steps", "tokens", "weights", "sha256")
@@ -156,6 +181,10 @@ def _task_rows(episodes: int) -> list[tuple[str, ...]]:
     rows = []
     for (name, condition, measured), group in grouped.items():
         sizes = ", ".join(f"{task.x:g}" for task in group if task.x is not None)
+        if measured in ("labels", "competitors"):
+            sizes = f"0 to {dict(group[0].options)['shots'] - 1}"
+        elif measured == "positions":
+            sizes = f"1 to {group[0].length - 1}"
         size = f"{group[0].x_name} {sizes}".strip() if group[0].x_name else ""
         trained = "{} to {}".format(*group[0].trained) if group[0].trained else ""
         counts = sorted({task.count(episodes) for task in group})
@@ -175,6 +204,7 @@ def _page(evaluation: Evaluation, environment: dict[str, str]) -> str:
         f"documents for every model. {html.escape(INTERVALS)}</p>",
         f"<pre>{html.escape(evaluation.command)}</pre>",
         _headline_section(rows),
+        _difference_section(evaluation.differences),
         "<p>Figures: crosses and circles are single seeds, lines and bars the mean over them. Click a name in a legend "
         "to show or hide a model, twice to see it alone.</p>",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_the_typical_seed_ships_with_all_that_it_needs(runs, tmp_path):
         assert sum((directory / file).stat().st_size for file in ship.FILES) == shipment.size
         assert HookedJamba.from_pretrained(directory).generate(cards.PROMPT, max_new_tokens=1)
     assert json.loads((package / "jamba-micro" / RECORD).read_text())["spec"]["seed"] == 2
+
+
+def test_the_command_prints_what_shipped(runs, tmp_path, monkeypatch, capsys):
+    options = ["--runs", str(runs), "--evaluation", str(runs / "evaluation"), "--package", str(tmp_path / "package")]
+    monkeypatch.setattr("sys.argv", ["ship", *options])
+    ship.main()
+    assert re.fullmatch(
+        r"jamba-micro: seed 2, \S+ KiB\nmamba-micro: seed 0, \S+ KiB\ntogether \S+ KiB\n", capsys.readouterr().out
+    )
+    monkeypatch.setattr("sys.argv", ["ship", "control", *options])
+    with pytest.raises(SystemExit, match="ship: 'control' is no packaged recipe"):
+        ship.main()
 
 
 @pytest.mark.parametrize(
