@@ -262,14 +262,25 @@ def _stages(run: Recipe) -> list[tuple[str, str, str]]:
     rows, first = [], 0
     for stage in run.stages:
         until = run.spec.steps if stage.until is None else min(stage.until, run.spec.steps)
-        options = [f"{key} {value}" for given in stage.options.values() for key, value in given.items()]
-        only = [f"{domain} only" for domain in stage.shares] if len(stage.shares) == 1 else ["all domains"]
         if first < until:
             rows.append(
                 (f"{first}-{until - 1}", f"{stage.batch_size} x {stage.sequence_length}", ", ".join(only + options))
             )
         first = until
     return rows
+
+
+def _documents(stage: Stage, last: Stage) -> str:
+    """What a stage draws: its domain, or the shares in which it differs from the last one; and how."""
+    if len(stage.shares) == 1:
+        parts = [f"{domain} only" for domain in stage.shares]
+    else:
+        total = sum(stage.shares.values())
+        differing = [d for d in stage.shares if stage.shares[d] != last.shares.get(d)]
+        parts = ["all domains", *(f"{domain} {stage.shares[domain] / total:.0%}" for domain in differing)]
+    for domain, given in stage.options.items():
+        parts.append(f"{domain} with " + ", ".join(f"{key} {value}" for key, value in given.items()))
+    return "; ".join(parts)
 
 
 def _search(found: dict[str, Any] | None, used: float) -> str:

@@ -1,8 +1,8 @@
 """The whole family of the zoo, trained: an equal search for the learning rate of every recipe, then the seeds.
 
-The search trains every recipe from seed 0 at ``RATES`` for ``SEARCH_SHARE`` of its steps (the curriculum is inside,
-and the cosine ends with the shorter run); the rate of the lowest held-out loss at the end is chosen. A run that
-diverges is recorded and never chosen. Each run has a directory, and what is finished is not trained again:
+The search trains every recipe from seed 0 at ``RATES`` for ``SEARCH_SHARE`` of its steps (the curriculum keeps its
+own steps, and the cosine ends with the shorter run); the rate of the lowest held-out loss at the end is chosen. A run
+that diverges is recorded and never chosen. Each run has a directory, and what is finished is not trained again:
 
     RUNS/NAME/lr-RATE/     a run of the search
     RUNS/NAME/search.json  its outcome

@@ -248,5 +248,15 @@ def test_too_large_a_package_and_unknown_names_are_refused(runs, tmp_path, monke
     assert not (tmp_path / "package" / "mamba-micro").exists()
 
 
+def test_stages_tell_what_differs_from_the_last():
+    last = recipes.Stage(until=None, batch_size=1, sequence_length=8, shares={"repeat": 0.5, "review": 0.5})
+    options = {"review": {"classes": 2, "filler": 0}}
+    stage = dataclasses.replace(last, shares={"repeat": 0.5, "review": 0.75}, options=options)
+    assert cards._documents(stage, last) == "all domains; review 60%; review with classes 2, filler 0"
+    only = dataclasses.replace(last, shares={"repeat": 1.0}, options={"repeat": {"longest": 16}})
+    assert cards._documents(only, last) == "repeat only; repeat with longest 16"
+    assert cards._documents(last, last) == "all domains"
+
+
 def test_every_domain_is_described():
     assert cards.ABOUT.keys() == DOMAINS.keys()
