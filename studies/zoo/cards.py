@@ -263,9 +263,8 @@ def _stages(run: Recipe) -> list[tuple[str, str, str]]:
     for stage in run.stages:
         until = run.spec.steps if stage.until is None else min(stage.until, run.spec.steps)
         if first < until:
-            rows.append(
-                (f"{first}-{until - 1}", f"{stage.batch_size} x {stage.sequence_length}", ", ".join(only + options))
-            )
+            size = f"{stage.batch_size} x {stage.sequence_length}"
+            rows.append((f"{first}-{until - 1}", size, _documents(stage, run.stages[-1])))
         first = until
     return rows
 
