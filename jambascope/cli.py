@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated
 
@@ -168,26 +169,38 @@ def zoo(context: typer.Context) -> None:
 
     from jambascope import checkpoint, memory
     from jambascope.zoo import packaged_models
+    from jambascope.zoo.recipes import RECIPES
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("model", "layers", "attention", "MoE", "parameters", "active", "on disk"):
-        table.add_column(heading, no_wrap=True)
+    plain = dict(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    sizes, differences = Table(**plain), Table(**plain)
+    for heading in ("model", "attention", "MoE", "parameters", "active", "on disk"):
+        sizes.add_column(heading, no_wrap=True)
+    differences.add_column("model", no_wrap=True)
+    differences.add_column("what sets it apart")
     for name, directory in packaged_models().items():
         config, _ = checkpoint.read_config(directory)
         cost = memory.model_cost(config)
-        size = sum(p.stat().st_size for p in directory.iterdir())
-        table.add_row(
+        sizes.add_row(
             name,
-            str(config.n_layers),
-            ", ".join(map(str, config.attention_layers)) or "-",
-            ", ".join(map(str, config.moe_layers)) or "-",
+            _layers(config.attention_layers, config.n_layers),
+            _layers(config.moe_layers, config.n_layers),
             memory.readable_count(cost.parameters),
             memory.readable_count(cost.active_parameters),
-            memory.readable_bytes(size),
+            memory.readable_bytes(sum(p.stat().st_size for p in directory.iterdir())),
         )
-    Console().print(table)
-    for name, directory in packaged_models().items():
-        typer.echo(f"card of {name}: {directory / 'README.md'}")
+        if name in RECIPES:
+            differences.add_row(name, RECIPES[name].about)
+    console = Console()
+    console.print(sizes)
+    console.print()
+    console.print(differences)
+    cards = {directory.parent for directory in packaged_models().values()}
+    for folder in sorted(cards):
+        typer.echo(f"\ncards: {folder}/NAME/README.md")
+
+
+def _layers(layers: Sequence[int], n_layers: int) -> str:
+    return "all" if len(layers) == n_layers else ", ".join(map(str, layers)) or "-"
 
 
 @zoo_app.command()

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import torch
-from plotly.io import to_html
-from plotly.offline import get_plotlyjs
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from jambascope.studies import page
 from jambascope.studies.bench import peers, targets
 from jambascope.studies.bench.race import Race, Results, Summary, summarize
+from jambascope.studies.environment import machine
 from jambascope.studies.figures.bench import Point, cost_against_length, costs
 
 TARGETS_TITLE = "Figures to reach, on a CPU"
@@ -62,24 +59,7 @@ def make_report(results: Results, races: dict[str, Race], device: torch.device, 
 
 def environment(device: torch.device) -> dict[str, str]:
     """Machine, device, threads and versions."""
-    found = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
-        "processor": _processor(),
-        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB",
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-    }
-    return found | peers.versions()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{len(names)} x {names[0]}"
-    except (OSError, IndexError):  # not Linux
-        return f"{os.cpu_count()} x {platform.processor() or 'unknown'}"
+    return machine(device) | peers.versions()
 
 
 # -- rows that every form shows --------------------------------------------------------------------------------
@@ -187,10 +167,7 @@ def race_figures(report: Report, races: dict[str, Race]) -> list[go.Figure]:
 
 def write_html(report: Report, races: dict[str, Race], path: Path) -> None:
     """One file with its plots, tables, machine and command; light or dark as the reader's system is."""
-    plots = [
-        to_html(fig, include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
-        for fig in race_figures(report, races)
-    ]
+    plots = [page.plot(figure) for figure in race_figures(report, races)]
     parts = [
         "<h1>jambascope bench</h1>",
         f"<p>{html.escape(report.environment['date'])}, on {html.escape(report.environment['device'])}, "
@@ -198,60 +175,14 @@ def write_html(report: Report, races: dict[str, Race], path: Path) -> None:
         "medians over neighbouring runs.</p>",
         f"<pre>{html.escape(report.command)}</pre>",
         f"<p><strong>{html.escape(report.note)}</strong></p>" if report.note else "",
-        _section(TARGETS_TITLE, VERDICT_COLUMNS, verdict_rows(report)),
+        page.section(TARGETS_TITLE, VERDICT_COLUMNS, verdict_rows(report), {"reached": "yes", "not reached": "no"}),
         "<h2>Cost against length</h2>" if plots else "",
-        *[f'<div class="plot">{plot}</div>' for plot in plots],
+        *plots,
         "<h2>Distance from the bounds</h2><ul>" if report.bounds else "",
         *[f"<li>{html.escape(line)}</li>" for line in report.bounds],
         "</ul>" if report.bounds else "",
-        *[_section(*table) for table in result_tables(report, races)],
-        _section("Left out", SKIP_COLUMNS, skip_rows(report)),
-        _section("Machine and versions", ("", ""), list(report.environment.items())),
+        *[page.section(*table) for table in result_tables(report, races)],
+        page.section("Left out", SKIP_COLUMNS, skip_rows(report)),
+        page.section("Machine and versions", ("", ""), list(report.environment.items())),
     ]
-    head = f"<title>jambascope bench</title><style>{STYLE}</style><script>{get_plotlyjs()}</script>"
-    body = "\n".join(part for part in parts if part)
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8">{VIEWPORT}{head}</head><body>{body}'
-    path.write_text(f"{page}<script>{PAINT}</script></body></html>\n", encoding="utf-8")
-
-
-def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td{_mark(cell)}>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<h2>{html.escape(title)}</h2><div class="wide">{table}</div>'
-
-
-def _mark(cell: str) -> str:
-    return {"reached": ' class="yes"', "not reached": ' class="no"'}.get(cell, "")
-
-
-VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c2733; --faint: #5b6673; --line: #dde2e7; --box: #f3f5f7;
-  --yes: #00734f; --no: #b04a00; }
-@media (prefers-color-scheme: dark) { :root { --page: #10151b; --ink: #e3e8ed; --faint: #9aa5b1; --line: #2e3945;
-  --box: #1a222b; --yes: #35c796; --no: #f2954d; } }
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1180px;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-pre { background: var(--box); padding: .7rem 1rem; border-radius: 6px; white-space: pre-wrap; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--faint); font-weight: 600; }
-.yes { color: var(--yes); white-space: nowrap; } .no { color: var(--no); white-space: nowrap; }
-.plot { border: 1px solid var(--line); border-radius: 6px; padding: .4rem; margin: 1rem 0; }
-"""
-PAINT = """
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function paint() {
-  const ink = getComputedStyle(document.body).color;
-  for (const plot of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(plot, {"font.color": ink});
-}
-dark.addEventListener("change", paint);
-paint();
-"""
+    path.write_text(page.render("jambascope bench", parts), encoding="utf-8")

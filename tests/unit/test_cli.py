@@ -8,8 +8,12 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from jambascope import HookedJamba
+from jambascope.cli import app
+from jambascope.hf_format import config_to_hf
+from jambascope.zoo.recipes import RECIPES
 
 COMMAND = [sys.executable, "-c", "from jambascope.cli import main; main()"]
 
@@ -87,6 +91,20 @@ def test_generate_with_experts_in_int8(directory):
 def test_zoo_lists_what_ships():
     result = run("zoo")
     assert result.returncode == 0 and "jamba-micro" in result.stdout
+
+
+def test_zoo_lists_the_whole_family_in_80_columns(tmp_path, monkeypatch):
+    for name, recipe in RECIPES.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config_to_hf(recipe.config, torch.bfloat16)))
+    monkeypatch.setattr("jambascope.zoo.packaged_models", lambda: {name: tmp_path / name for name in RECIPES})
+    monkeypatch.setenv("COLUMNS", "80")
+    result = CliRunner().invoke(app, ["zoo"])
+    assert result.exit_code == 0, result.output
+    table = result.output[: result.output.index("cards:")].splitlines()
+    assert max(map(len, table)) <= 80 and not any("…" in line for line in table)
+    assert any(line.split()[:3] == ["attention-micro", "all", "1,"] for line in table)
+    assert any("Mamba-2 for Mamba" in line for line in table)
 
 
 @pytest.mark.parametrize(

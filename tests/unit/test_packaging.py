@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def test_a_wheel_in_an_empty_environment_imports_every_subpackage(tmp_path):
     build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
+    models = [path for path in (ROOT / "jambascope" / "zoo").glob("*/*") if path.parent.name != "__pycache__"]
+    assert {str(path.relative_to(ROOT)) for path in models} <= set(zipfile.ZipFile(wheel).namelist())
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
@@ -43,7 +46,14 @@ print(jambascope.__file__, *names)
     out = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith(str(site))
-    for name in ("hooks", "studies.figures", "studies.bench", "dashboards.command", "kernels.selective_scan.cpu"):
+    for name in (
+        "hooks",
+        "studies.figures",
+        "studies.bench",
+        "studies.zoo",
+        "dashboards.command",
+        "kernels.selective_scan.cpu",
+    ):
         assert f"jambascope.{name}" in out.stdout.split()
 
 

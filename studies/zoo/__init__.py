@@ -1,0 +1,1 @@
+"""The zoo, measured: its family trained, evaluated, reported."""
