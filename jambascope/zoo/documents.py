@@ -166,13 +166,21 @@ def _table(rng: np.random.Generator, split: Split, keys: list[str], values: list
 
 @generator
 def recall(
-    rng: np.random.Generator, split: Split = "train", entries: int | None = None, questions: int = 8
+    rng: np.random.Generator,
+    split: Split = "train",
+    entries: int | None = None,
+    questions: int = 8,
+    pool: int = len(KEYS),
 ) -> Document:
     """A table of ``entries`` keys with values (drawn when None: 2 to 16), then questions, each key at most once.
 
+    Keys and values are of the first ``pool`` ones.
+
     The held-out split combines other keys and values; which keys it asks for is drawn in both.
     """
-    table = _table(rng, split, KEYS, VALUES, log_uniform(rng, 2, 16) if entries is None else entries)
+    within("pool", pool, 16, len(KEYS), "keys and values are of the first so many")
+    entries = log_uniform(rng, 2, 16) if entries is None else entries
+    table = _table(rng, split, KEYS[:pool], VALUES[:pool], entries)
     within("questions", questions, 0, None, "as many as there are entries at most are asked")
     words = ["map", ":"]
     for key, value in table.items():
