@@ -17,7 +17,6 @@ from jambascope.errors import ConfigError
 from jambascope.hooks.routing import capture_routing, expert_load, load_variation
 from jambascope.memory import model_cost
 from jambascope.model import HookedJamba
-from jambascope.studies.zoo.family import SEARCH_SHARE
 from jambascope.studies.zoo.records import Training
 from jambascope.studies.zoo.report import HEADLINE, HEADLINE_NOTE, INTERVALS, number
 from jambascope.studies.zoo.summary import Row
@@ -291,8 +290,8 @@ def _search(found: dict[str, Any] | None, used: float) -> str:
         chosen = "chosen" if result["learning_rate"] == found["chosen"] else ""
         rows.append((f"{result['learning_rate']:g}", loss, f"{result['seconds'] / 60:.1f}", chosen))
     about = (
-        f"Every model of the family was trained at the same rates from seed {found['seed']}, for {found['steps']} "
-        f"steps ({SEARCH_SHARE:.0%} of a whole run); the rate of the lowest held-out loss (nats) at the end was taken."
+        f"Every model of the family was trained at the same rates from seed {found['seed']}, over all of its "
+        f"{found['steps']} steps; the rate of the lowest held-out loss (nats) at the end was taken."
     )
     return f"{_filled(about)}\n\n| rate | held-out loss | minutes | |\n|---|---|---|---|\n{_table(rows)}"
 

@@ -1,12 +1,13 @@
 """The whole family of the zoo, trained: an equal search for the learning rate of every recipe, then the seeds.
 
-The search trains every recipe from seed 0 at ``RATES`` for ``SEARCH_SHARE`` of its steps (the curriculum keeps its
-own steps, and the cosine ends with the shorter run); the rate of the lowest held-out loss at the end is chosen. A run
-that diverges is recorded and never chosen. Each run has a directory, and what is finished is not trained again:
+The search trains every recipe from the first of ``SEEDS`` at ``RATES``, over all of its steps; the run of the lowest
+held-out loss at the end is chosen, and is the recipe's first seed. A run that diverges is recorded and never chosen.
+Each run has a directory, and what is finished is not trained again:
 
     RUNS/NAME/lr-RATE/     a run of the search
     RUNS/NAME/search.json  its outcome
-    RUNS/NAME/seed-S/      a run at the chosen rate
+    RUNS/NAME/seed-0       a link to the chosen one
+    RUNS/NAME/seed-S/      a run from another seed at the chosen rate
 """
 
 from __future__ import annotations
@@ -26,14 +27,11 @@ from jambascope.studies.zoo.jobs import Job, State
 from jambascope.zoo import recipes
 
 RATES = (7.5e-4, 1.5e-3, 3e-3)
-SEARCH_SHARE = 0.4
-"""Of a recipe's steps, that a run of the search takes."""
-SEARCH_SEED = 0
 SEEDED = ("jamba-micro", "jamba-micro-1to3", "mamba-micro", "attention-micro")
-"""Recipes that are trained from ``SEEDS``; the others from the first of them."""
+"""Recipes that are trained from all ``SEEDS``; the others from the first of them."""
 SEEDS = (0, 1, 2)
 KEEPING = ("jamba-micro", "mamba-micro")
-"""Recipes whose first seed keeps snapshots on the way."""
+"""Recipes whose runs from the first seed keep snapshots on the way."""
 SEARCH = "search.json"
 POLL_SECONDS = 1.0
 TRIES = 2
@@ -41,25 +39,24 @@ TRIES = 2
 
 
 def search_jobs(name: str, runs: Path) -> list[Job]:
-    """The runs that a recipe's learning rate is chosen by."""
-    steps = max(1, round(SEARCH_SHARE * recipes.recipe(name).spec.steps))
+    """The runs from the first seed, one at each learning rate."""
     return [
-        Job(name=name, directory=runs / name / f"lr-{rate:g}", seed=SEARCH_SEED, learning_rate=rate, steps=steps)
+        Job(
+            name=name,
+            directory=runs / name / f"lr-{rate:g}",
+            seed=SEEDS[0],
+            learning_rate=rate,
+            snapshots=name in KEEPING,
+        )
         for rate in RATES
     ]
 
 
 def seed_jobs(name: str, runs: Path, learning_rate: float | None) -> list[Job]:
-    """The whole runs of a recipe."""
+    """The runs from the other seeds, at the rate that the search has chosen."""
+    seeds = SEEDS[1:] if name in SEEDED else ()
     return [
-        Job(
-            name=name,
-            directory=runs / name / f"seed-{seed}",
-            seed=seed,
-            learning_rate=learning_rate,
-            snapshots=name in KEEPING and seed == SEEDS[0],
-        )
-        for seed in (SEEDS if name in SEEDED else SEEDS[:1])
+        Job(name=name, directory=runs / name / f"seed-{seed}", seed=seed, learning_rate=learning_rate) for seed in seeds
     ]
 
 
@@ -100,8 +97,8 @@ class Family:
         return self.states[job.directory]
 
     def jobs(self) -> list[Job]:
-        """All runs in the order in which they are to be made: searches and first seeds, then the other seeds; within
-        each the recipes in turn. The rate of a run is None while the search for it is not over."""
+        """All runs in the order in which they are to be made: searches, then the other seeds; within each the recipes
+        in turn. The rate of a run is None while the search for it is not over."""
         found = [
             job
             for name in self.names
@@ -121,11 +118,15 @@ class Family:
         return min((pair for pair in found if pair[0] is not None), default=(None, None))[1]
 
     def write_search(self, name: str) -> None:
-        """Write what a search that is over has found to ``search.json``."""
-        searched = search_jobs(name, self.runs)
+        """Write what a search that is over has found to ``search.json``, and link the chosen run as the first seed."""
+        searched, chosen = search_jobs(name, self.runs), self.chosen(name)
         results = [{"learning_rate": job.learning_rate, **dataclasses.asdict(self.state(job))} for job in searched]
-        outcome = {"name": name, "seed": SEARCH_SEED, "steps": searched[0].steps, "chosen": self.chosen(name)}
+        outcome = {"name": name, "seed": SEEDS[0], "steps": searched[0].total_steps, "chosen": chosen}
         jobs.write_json(self.runs / name / SEARCH, outcome | {"results": results})
+        link = self.runs / name / f"seed-{SEEDS[0]}"
+        link.unlink(missing_ok=True)
+        if chosen is not None:
+            link.symlink_to(f"lr-{chosen:g}", target_is_directory=True)
 
     def tokens(self, job: Job, steps: int) -> int:
         """Tokens of a job's first steps; counted once, since a display asks every second."""

@@ -64,13 +64,15 @@ def runs_table(family: Family) -> Table:
     """Every run in its order: how far it is, its held-out loss, its minutes; the chosen rate is marked."""
     from rich.table import Table
 
+    from jambascope.studies.zoo.family import SEEDS
+
     found = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("run", "rate", "steps", "held-out loss", "minutes"):
         found.add_column(heading, no_wrap=True, justify="left" if heading in ("run", "rate") else "right")
     for job in family.jobs():
         now = family.state(job)
         steps = "failed" if now.kind == "failed" else f"{now.step} of {job.total_steps}"
-        chosen = job.steps is not None and job.learning_rate == family.chosen(job.name)
+        chosen = job.seed == SEEDS[0] and job.learning_rate == family.chosen(job.name)
         found.add_row(
             job.title,
             "" if job.learning_rate is None else f"{job.learning_rate:g}{' *' if chosen else ''}",

@@ -29,20 +29,18 @@ DIVERGED = re.compile(r"the loss became \S+ at step (\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run: recipe, steps, seed, learning rate, and where it lies."""
+    """A run: recipe, seed, learning rate, and where it lies."""
 
     name: str
     directory: Path
     seed: int
     learning_rate: float | None
     """None while the search that chooses it is not over."""
-    steps: int | None = None
-    """Other than the recipe's: a run of the search."""
     snapshots: bool = False
 
     @property
     def recipe(self) -> recipes.Recipe:
-        return recipes.recipe(self.name, steps=self.steps, seed=self.seed, learning_rate=self.learning_rate)
+        return recipes.recipe(self.name, seed=self.seed, learning_rate=self.learning_rate)
 
     @property
     def title(self) -> str:
@@ -56,7 +54,6 @@ class Job:
         """Of the ``jambascope`` command."""
         found = ["zoo", "train", self.name, "--out", str(self.directory), "--seed", str(self.seed), "--resume"]
         found += ["--learning-rate", repr(self.learning_rate)]
-        found += [] if self.steps is None else ["--steps", str(self.steps)]
         return [*found, "--snapshots"] if self.snapshots else found
 
 

@@ -115,20 +115,21 @@ def test_the_search_takes_the_lowest_loss_and_seeds_follow_at_that_rate(started,
     found = Family(list(recipes.RECIPES), tmp_path)
     assert zoo_family.train(found, 1, silent) == {}
     searched = [f"{name}/lr-{rate:g}" for name in recipes.RECIPES for rate in RATES]
-    seeds = [f"jamba-micro/seed-{seed}" for seed in SEEDS] + ["jamba-micro-rope/seed-0"]
-    assert sorted(started) == sorted(searched + seeds)
+    assert sorted(started) == sorted([*searched, *(f"jamba-micro/seed-{seed}" for seed in SEEDS[1:])])
     assert started[-2:] == ["jamba-micro/seed-1", "jamba-micro/seed-2"]
     assert {name: found.chosen(name) for name in found.names} == {"jamba-micro": 1.5e-3, "jamba-micro-rope": 7.5e-4}
     outcome = json.loads((tmp_path / "jamba-micro" / "search.json").read_text())
-    assert (outcome["chosen"], outcome["steps"]) == (1.5e-3, 16)
+    assert (outcome["chosen"], outcome["steps"]) == (1.5e-3, 40)
     assert [(r["learning_rate"], r["kind"], r["held_out"]) for r in outcome["results"]] == [
         (7.5e-4, "finished", 3.5),
         (1.5e-3, "finished", 3.2),
         (3e-3, "failed", None),
     ]
     assert outcome["results"][2]["error"] == DIVERGED.removeprefix("jambascope: ")
-    for job in zoo_family.seed_jobs("jamba-micro", tmp_path, 1.5e-3):
-        assert json.loads((job.directory / RECORD).read_text())["spec"]["learning_rate"] == 1.5e-3
+    for seed in SEEDS:
+        spec = json.loads((tmp_path / "jamba-micro" / f"seed-{seed}" / RECORD).read_text())["spec"]
+        assert (spec["seed"], spec["learning_rate"]) == (seed, 1.5e-3)
+    assert (tmp_path / "jamba-micro-rope" / "seed-0").resolve() == tmp_path / "jamba-micro-rope" / "lr-0.00075"
 
 
 def test_what_is_over_is_not_trained_again(started, tmp_path):
@@ -136,8 +137,8 @@ def test_what_is_over_is_not_trained_again(started, tmp_path):
     count = len(started)
     zoo_family.train(Family(["jamba-micro"], tmp_path), 1, silent)
     assert len(started) == count
-    assert "--snapshots" in zoo_family.seed_jobs("jamba-micro", tmp_path, 1e-3)[0].arguments()
-    assert "--snapshots" not in zoo_family.seed_jobs("jamba-micro", tmp_path, 1e-3)[1].arguments()
+    assert "--snapshots" in zoo_family.search_jobs("jamba-micro", tmp_path)[0].arguments()
+    assert "--snapshots" not in zoo_family.seed_jobs("jamba-micro", tmp_path, 1e-3)[0].arguments()
 
 
 def test_a_search_that_fails_throughout_trains_no_seed(started, tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_a_run_that_ends_otherwise_is_named_and_tried_again(started, tmp_path, m
         ("jamba-micro/lr-0.0015", f"ended with status 1; see {tmp_path / 'jamba-micro' / 'lr-0.0015' / 'train.log'}")
     ]
     assert started.count("jamba-micro/lr-0.0015") == 2
-    assert "jamba-micro/lr-0.003" in started and "jamba-micro/seed-0" not in started
+    assert "jamba-micro/lr-0.003" in started and "jamba-micro/seed-1" not in started
     monkeypatch.setitem(LOSSES, "jamba-micro/lr-0.0015", 3.2)
     assert zoo_family.train(Family(["jamba-micro"], tmp_path), 2, silent) == {}
     assert started[-1] == "jamba-micro/seed-2"
@@ -163,15 +164,15 @@ def test_a_run_that_ends_otherwise_is_named_and_tried_again(started, tmp_path, m
 
 def test_recipes_named_first_come_first(started, tmp_path):
     zoo_family.train(Family(list(recipes.RECIPES), tmp_path, first=["jamba-micro-rope"]), 1, silent)
-    assert [title.split("/")[0] for title in started[:4]] == ["jamba-micro-rope"] * 4
+    assert [title.split("/")[0] for title in started[:3]] == ["jamba-micro-rope"] * 3
 
 
 def test_time_left_goes_by_tokens(started, tmp_path):
     assert Family(["jamba-micro"], tmp_path).minutes_left(1) is None
     for job in zoo_family.search_jobs("jamba-micro", tmp_path)[:2]:
-        jobs.start(job, 1)  # 16 steps in a minute each
-    # 16 steps of the third search run and 40 of each of three seeds are left.
-    assert Family(["jamba-micro"], tmp_path).minutes_left(2) == pytest.approx((16 + 3 * 40) / 16 / 2)
+        jobs.start(job, 1)  # 40 steps in a minute each
+    # The third run of the search and two seeds are left.
+    assert Family(["jamba-micro"], tmp_path).minutes_left(2) == pytest.approx(3 / 2)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_what_cannot_be_is_refused(tiny_recipes, tmp_path, call, message):
 def test_a_run_of_another_spec_is_not_taken_for_this_one(started, tmp_path, monkeypatch):
     zoo_family.train(Family(["jamba-micro"], tmp_path), 1, silent)
     monkeypatch.setattr(recipes, "RECIPES", two(50))
-    with pytest.raises(ConfigError, match="another spec: steps 16 instead of 20; move it away, or give another --runs"):
+    with pytest.raises(ConfigError, match="another spec: steps 40 instead of 50; move it away, or give another --runs"):
         Family(["jamba-micro"], tmp_path)
 
 
@@ -217,9 +218,9 @@ def test_the_command_lists_the_runs(started, tmp_path, monkeypatch):
     jobs.start(zoo_family.search_jobs("jamba-micro", tmp_path)[0], 1)
     result = CliRunner().invoke(app, ["zoo", "family", "jamba-micro", "--runs", str(tmp_path), "--dry-run"])
     assert result.exit_code == 0, result.output
-    assert re.search(r"jamba-micro/lr-0.00075 +0.00075 +16 of 16 +3.500 +1.0", result.output)
-    assert re.search(r"jamba-micro/lr-0.0015 +0.0015 +0 of 16", result.output)
-    assert "1 of 6 runs are over" in result.output
+    assert re.search(r"jamba-micro/lr-0.00075 +0.00075 +40 of 40 +3.500 +1.0", result.output)
+    assert re.search(r"jamba-micro/lr-0.0015 +0.0015 +0 of 40", result.output)
+    assert "1 of 5 runs are over" in result.output
 
 
 def test_the_command_tells_what_it_did(started, tmp_path):
@@ -228,11 +229,11 @@ def test_the_command_tells_what_it_did(started, tmp_path):
     result = CliRunner().invoke(command, ["--runs", str(tmp_path), "--jobs", "2"])
     assert result.exit_code == 0, result.output
     assert "jamba-micro/lr-0.0015: begins\n" in result.stderr
-    assert "jamba-micro/lr-0.0015: held-out loss 3.200 after 16 steps, 1.0 min\n" in result.stderr
+    assert "jamba-micro/lr-0.0015: held-out loss 3.200 after 40 steps, 1.0 min\n" in result.stderr
     assert "jamba-micro/lr-0.003: failed: learning_rate=0.003: the loss became nan at step 7" in result.stderr
     assert re.search(r"jamba-micro/seed-2 +0.0015 +40 of 40 +6.000 +1.0", result.stdout)
     assert re.search(r"jamba-micro/lr-0.0015 +0.0015 \* ", result.stdout)
-    assert "10 of 10 runs are over" in result.stdout
+    assert "8 of 8 runs are over" in result.stdout
 
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
@@ -248,12 +249,12 @@ def test_what_runs_is_shown(started, tmp_path, terminal, monkeypatch):
         show([job], None, None)
     seen = console.file.getvalue()
     assert "jamba-micro/lr-0.00075: begins" in seen
-    assert "1 of 6 runs over, 5 min left" in seen
-    assert "16/16" in seen
+    assert "1 of 5 runs over, 2 min left" in seen
+    assert "40/40" in seen
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "RECIPES", two(steps=500))
+    monkeypatch.setattr(recipes, "RECIPES", two(steps=200))
     monkeypatch.setattr(zoo_family, "RATES", (1e-3,))
     monkeypatch.setattr(zoo_family, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(zoo_family, "cores", lambda: 1)  # the threads decide the last bits
