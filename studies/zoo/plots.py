@@ -35,7 +35,8 @@ class Plots:
             "Following the format",
             "Episodes of reviews, labelled by words that only the reviews before explain. After s shots a model can "
             "know the class and still answer outside the episode's labels: the format gap is the accuracy among the "
-            "labels less that among all words. Accuracy is taken where a shot has shown the right label.",
+            "labels less that among all words. Accuracy is taken where a shot has shown the right label; "
+            "after one shot that is the only label so far, so compare with the commonest label so far.",
             [
                 *self._few_shot(),
                 self._competitors(),

@@ -60,8 +60,9 @@ class Task:
     share: float = 1.0
     """Of the number of documents: less where they are long."""
     asked: Asked = "shown"
-    """Which labels of an episode count for accuracy: those of classes that were shown; in a shuffled one those whose
-    word was shown, as they were drawn, so that accuracy must be chance; or the last one, by what its word means."""
+    """Which labels of an episode count for accuracy: those of classes that were shown; in a shuffled one those after
+    all words were shown, as they were drawn, so that accuracy must be chance (of labels that were shown, the only one
+    so far would be right); or the last one, by what its word means."""
     length: int = TRAINED_LENGTH
     """Ids of a row, for ``rows`` and ``positions``."""
 
@@ -94,7 +95,7 @@ def _labels_as_drawn(episode: Episode) -> Episode:
     def before(position: int) -> set[str]:
         return {episode.words[i] for i in episode.label_positions if i < position}
 
-    shown = [i for i in episode.label_positions if episode.words[i] in before(i)]
+    shown = [i for i in episode.label_positions if before(i) == set(episode.labels)]
     return dataclasses.replace(episode, answers=tuple(shown))
 
 

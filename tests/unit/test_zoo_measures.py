@@ -159,7 +159,11 @@ def test_accuracy_on_shuffled_labels_is_chance_for_who_answers_by_class():
         for doc in drawn
     ]
     assert np.mean([hit for doc in by_class for hit in doc]) == pytest.approx(0.5, abs=0.03)
-    assert means(Knows(), task)["accuracy free", 8] == 1  # who sees the answers; the measure itself would notice
+    for doc in drawn:
+        assert all({*doc.labels} <= {*doc.words[:i]} for i in doc.answers)
+    found = means(Knows(), task)
+    assert ("accuracy free", 1) not in found  # the one label so far would be right wherever it is asked
+    assert found["accuracy free", 8] == 1  # who sees the answers; the measure itself would notice
 
 
 def test_meaning_is_asked_without_a_shot_or_against_shuffled_ones():
