@@ -58,7 +58,7 @@ class Recipe:
         return sum(stage.batch_size * stage.sequence_length for stage in stages)
 
 
-SNAPSHOTS = (0, 100, 200, 300, 400, 600, 800, 1100, 1400, 1800, 2300, 2800)
+SNAPSHOTS = (0, 100, 200, 300, 400, 550, 700, 1100, 1400, 1700, 2400, 3200)
 """Steps whose weights ``zoo train --snapshots`` keeps, so that a study can follow what emerges when."""
 
 # On the mixture from the first step, no model read the context within 600 steps. Repetitions first: of few words, so
@@ -73,7 +73,7 @@ CURRICULUM = (
         options={"repeat": {"longest": 10, "pool": 24}},
     ),
     Stage(
-        until=800,
+        until=700,
         batch_size=32,
         sequence_length=34,
         shares={"repeat": 1.0},
@@ -81,7 +81,7 @@ CURRICULUM = (
     ),
     Stage(until=1100, batch_size=16, sequence_length=66, shares={"repeat": 1.0}, options={"repeat": {"longest": 16}}),
     Stage(
-        until=1800,
+        until=1700,
         batch_size=16,
         sequence_length=128,
         shares=SHARES | {"review": 0.4, "verdict": 0.04},
@@ -89,7 +89,7 @@ CURRICULUM = (
     ),
     Stage(until=None, batch_size=8, sequence_length=256),
 )
-SPEC = TrainingSpec(steps=2800, learning_rate=1e-3, warmup_steps=20, evaluate_every=100, checkpoint_every=100)
+SPEC = TrainingSpec(steps=3200, learning_rate=1.5e-3, warmup_steps=20, evaluate_every=100, checkpoint_every=100)
 JAMBA = JambaConfig.jamba(
     n_layers=8,
     d_model=64,

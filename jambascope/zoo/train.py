@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,13 +84,19 @@ def _is_finished(out: Path, name: str, chosen: Recipe) -> bool:
     if not (out / RECORD).exists():
         return False
     found = json.loads((out / RECORD).read_text())
-    for part, now in json.loads(json.dumps({"name": name, "spec": dataclasses.asdict(chosen.spec)})).items():
+    for part, now in json.loads(json.dumps(_identity(name, chosen))).items():
         if found.get(part) != now:
             raise CheckpointError(
                 f"{out} holds a finished run of another {part}: {found.get(part)}, not {now}; "
                 "give that one, or another directory"
             )
     return True
+
+
+def _identity(name: str, chosen: Recipe) -> dict[str, Any]:
+    """What a run is told by."""
+    stages = [dataclasses.asdict(stage) for stage in chosen.stages]
+    return {"name": name, "spec": dataclasses.asdict(chosen.spec), "stages": stages}
 
 
 def _forget(out: Path) -> None:
@@ -103,8 +110,7 @@ def _forget(out: Path) -> None:
 def _write_record(path: Path, name: str, chosen: Recipe, log: list[dict[str, float]]) -> None:
     """What a reader of the weights must know of the run: written last, so that it marks a finished directory."""
     record = {
-        "name": name,
-        "spec": dataclasses.asdict(chosen.spec),
+        **_identity(name, chosen),
         "steps": len(log),
         "tokens": chosen.tokens(len(log)),
         "seconds": log[-1]["seconds"],

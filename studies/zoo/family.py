@@ -26,7 +26,7 @@ from jambascope.studies.zoo import jobs
 from jambascope.studies.zoo.jobs import Job, State
 from jambascope.zoo import recipes
 
-RATES = (7.5e-4, 1.5e-3, 3e-3)
+RATES = (7e-4, 1.5e-3, 3e-3)
 SEEDED = ("jamba-micro", "jamba-micro-1to3", "mamba-micro", "attention-micro")
 """Recipes that are trained from all ``SEEDS``; the others from the first of them."""
 SEEDS = (0, 1, 2)

@@ -87,10 +87,10 @@ def started(tiny_recipes, monkeypatch) -> list[str]:
 
 DIVERGED = "jambascope: learning_rate=0.003: the loss became nan at step 7; lower it and start anew"
 LOSSES = {
-    "jamba-micro/lr-0.00075": 3.5,
+    "jamba-micro/lr-0.0007": 3.5,
     "jamba-micro/lr-0.0015": 3.2,
     "jamba-micro/lr-0.003": DIVERGED,
-    "jamba-micro-rope/lr-0.00075": 3.1,
+    "jamba-micro-rope/lr-0.0007": 3.1,
     "jamba-micro-rope/lr-0.0015": 3.1,
     "jamba-micro-rope/lr-0.003": float("nan"),
 }
@@ -117,11 +117,11 @@ def test_the_search_takes_the_lowest_loss_and_seeds_follow_at_that_rate(started,
     searched = [f"{name}/lr-{rate:g}" for name in recipes.RECIPES for rate in RATES]
     assert sorted(started) == sorted([*searched, *(f"jamba-micro/seed-{seed}" for seed in SEEDS[1:])])
     assert started[-2:] == ["jamba-micro/seed-1", "jamba-micro/seed-2"]
-    assert {name: found.chosen(name) for name in found.names} == {"jamba-micro": 1.5e-3, "jamba-micro-rope": 7.5e-4}
+    assert {name: found.chosen(name) for name in found.names} == {"jamba-micro": 1.5e-3, "jamba-micro-rope": 7e-4}
     outcome = json.loads((tmp_path / "jamba-micro" / "search.json").read_text())
     assert (outcome["chosen"], outcome["steps"]) == (1.5e-3, 40)
     assert [(r["learning_rate"], r["kind"], r["held_out"]) for r in outcome["results"]] == [
-        (7.5e-4, "finished", 3.5),
+        (7e-4, "finished", 3.5),
         (1.5e-3, "finished", 3.2),
         (3e-3, "failed", None),
     ]
@@ -129,7 +129,7 @@ def test_the_search_takes_the_lowest_loss_and_seeds_follow_at_that_rate(started,
     for seed in SEEDS:
         spec = json.loads((tmp_path / "jamba-micro" / f"seed-{seed}" / RECORD).read_text())["spec"]
         assert (spec["seed"], spec["learning_rate"]) == (seed, 1.5e-3)
-    assert (tmp_path / "jamba-micro-rope" / "seed-0").resolve() == tmp_path / "jamba-micro-rope" / "lr-0.00075"
+    assert (tmp_path / "jamba-micro-rope" / "seed-0").resolve() == tmp_path / "jamba-micro-rope" / "lr-0.0007"
 
 
 def test_what_is_over_is_not_trained_again(started, tmp_path):
@@ -218,7 +218,7 @@ def test_the_command_lists_the_runs(started, tmp_path, monkeypatch):
     jobs.start(zoo_family.search_jobs("jamba-micro", tmp_path)[0], 1)
     result = CliRunner().invoke(app, ["zoo", "family", "jamba-micro", "--runs", str(tmp_path), "--dry-run"])
     assert result.exit_code == 0, result.output
-    assert re.search(r"jamba-micro/lr-0.00075 +0.00075 +40 of 40 +3.500 +1.0", result.output)
+    assert re.search(r"jamba-micro/lr-0.0007 +0.0007 +40 of 40 +3.500 +1.0", result.output)
     assert re.search(r"jamba-micro/lr-0.0015 +0.0015 +0 of 40", result.output)
     assert "1 of 5 runs are over" in result.output
 
@@ -248,7 +248,7 @@ def test_what_runs_is_shown(started, tmp_path, terminal, monkeypatch):
         show([job], job, "begins")
         show([job], None, None)
     seen = console.file.getvalue()
-    assert "jamba-micro/lr-0.00075: begins" in seen
+    assert "jamba-micro/lr-0.0007: begins" in seen
     assert "1 of 5 runs over, 2 min left" in seen
     assert "40/40" in seen
 
