@@ -73,8 +73,8 @@ The same command gives the same weights on the same machine with the same number
 
 AdamW with betas {betas} and weight decay {weight_decay} on matrices only; learning rate {learning_rate:g} after
 {warmup_steps} steps of warm-up, then a cosine to {final_fraction:.0%} of it; gradients clipped at norm {clip_norm};
-{balancing}matrices drawn with standard deviation {initial_std}{mimetic}, the unembedding begun as a copy of the
-embedding. The batches grow harder:
+{balancing}activation-loss coefficient {activation:g}; matrices drawn with standard deviation {initial_std}{mimetic},
+the unembedding begun as a copy of the embedding. The batches grow harder:
 
 | steps | batch | documents |
 |---|---|---|
@@ -86,7 +86,7 @@ embedding. The batches grow harder:
 
 ### Seeds
 
-What ships is the run of median held-out loss (nats, over all domains alike), so that it is typical, not the best.
+{ships}
 
 | seed | held-out loss | minutes | |
 |---|---|---|---|
@@ -186,10 +186,12 @@ class Card:
             torch=self.shipped.record["torch"],
             **{name: getattr(run.spec, name) for name in _SPEC},
             balancing=f"load-balancing coefficient {coefficient}; " if run.config.moe_layers else "",
+            activation=run.config.activation_coef,
             initial_std=run.initial_std,
             mimetic=" and Mamba begun near linear attention" if run.mimetic else "",
             stages=_table(_stages(run)),
             search=_search(self.search, self.shipped.job.learning_rate),
+            ships=_filled(_ships(len(seeds), self.search)),
             seeds=_table(_seed(training, training is self.shipped) for training in self.trained),
             note=_filled(HEADLINE_NOTE),
             columns=" | ".join(titles),
@@ -293,7 +295,24 @@ def _search(found: dict[str, Any] | None, used: float) -> str:
         f"Every model of the family was trained at the same rates from seed {found['seed']}, over all of its "
         f"{found['steps']} steps; the rate of the lowest held-out loss (nats) at the end was taken."
     )
+    rates = [result["learning_rate"] for result in found["results"]]
+    if found["chosen"] in (min(rates), max(rates)):
+        about += " That is the end of those tried: one beyond might be better."
     return f"{_filled(about)}\n\n| rate | held-out loss | minutes | |\n|---|---|---|---|\n{_table(rows)}"
+
+
+def _ships(seeds: int, search: dict[str, Any] | None) -> str:
+    """Which run ships, and what the search does to the first seed."""
+    about = "Held-out loss is in nats, over all domains alike."
+    if seeds > 1:
+        worse = "" if seeds % 2 else " (of the two in the middle the worse)"
+        about += f" What ships is the run of median held-out loss{worse}, so that it is typical, not the best."
+    if search is not None:
+        about += (
+            f" The run of seed {search['seed']} is the one that the search chose, the best of its rates, "
+            "and so a little flattered."
+        )
+    return about
 
 
 def _seed(training: Training, ships: bool) -> tuple[str, ...]:

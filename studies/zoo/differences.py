@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from jambascope.hooks.intervals import percentiles
-from jambascope.studies.zoo.evaluation import UNKNOWN_SEED, Run
+from jambascope.studies.zoo.evaluation import Run
 from jambascope.studies.zoo.measures import Values
 from jambascope.studies.zoo.summary import SCHEMA, estimate, hierarchical_draws, stacked
 
@@ -49,8 +49,7 @@ def differences_of(runs: Sequence[Run], values: Sequence[Values]) -> list[Differ
     """Every cell of every model less that of ``REFERENCE``; nothing where that is not among the models."""
     own: dict[str, list[Values]] = {}
     for run, found in zip(runs, values, strict=True):
-        if run.seed != UNKNOWN_SEED or run.model not in own:  # weights of unknown seed are not pooled
-            own.setdefault(run.model, []).append(found)
+        own.setdefault(run.model, []).append(found)
     rows = []
     for model in own if REFERENCE in own else ():
         if model == REFERENCE:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jambascope import checkpoint
+from jambascope import checkpoint, losses
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.model import HookedJamba
 from jambascope.studies.zoo import measures, tasks
@@ -56,11 +57,12 @@ def find_runs(names: Sequence[str] = (), runs: Path | None = None) -> list[Run]:
     Args:
         names: recipes or packaged models, and checkpoint directories over the zoo's vocabulary, each of which is a
             model of its own; with none, all packaged models and what ``runs`` holds.
-        runs: a directory of finished runs, ``NAME/seed-*/training.json``. They are added to the packaged weights of a
-            name, and stand in for those of the same seed.
+        runs: a directory of finished runs, ``NAME/seed-*/training.json``. They stand in for the packaged weights of
+            their name, which may be of another recipe.
 
     Raises:
-        ConfigError: a name that is neither, or has no weights; ``runs`` no directory.
+        ConfigError: a name that is neither, or has no weights; ``runs`` no directory, or with runs of one name that
+            differ in more than their seeds, since their numbers are pooled.
         CheckpointError: weights that cannot be read, or that speak another vocabulary.
     """
     if runs is not None and not runs.is_dir():
@@ -80,14 +82,14 @@ def find_runs(names: Sequence[str] = (), runs: Path | None = None) -> list[Run]:
 
 
 def _of_name(name: str, runs: Path | None, packaged: dict[str, Path]) -> list[Run]:
-    """Finished runs first, so that they stand in for packaged weights of their seed."""
+    """Finished runs, else the packaged weights."""
     if name in packaged or name in RECIPES:
         trained = [] if runs is None else _finished(runs, name)
-        directories = [*trained, *([packaged[name]] if name in packaged else [])]
-        if not directories:
+        if not trained and name not in packaged:
             where = "no --runs were given" if runs is None else f"{runs}/{name} holds no finished run"
             raise ConfigError(f"{name!r} is not packaged, and {where}; train it with: jambascope zoo train {name}")
-        return [_open(directory, name) for directory in directories]
+        _check_poolable(trained)
+        return [_open(directory, name) for directory in trained or [packaged[name]]]
     directory = Path(name).expanduser()
     if (directory / "config.json").is_file():
         return [_open(directory, str(Path(name)))]
@@ -103,6 +105,29 @@ def _finished(runs: Path, name: str) -> list[Path]:
     return sorted(path.parent for path in (runs / name).glob(f"seed-*/{RECORD}"))
 
 
+def _check_poolable(directories: list[Path]) -> None:
+    """Raise ConfigError unless the runs differ in their seeds alone, and each has its own."""
+    seeds: dict[Any, Path] = {}
+    for directory in directories:
+        record = _record(directory)
+        spec = record.get("spec", {}) | {"curriculum": record.get("stages")}
+        if (seed := spec.pop("seed", None)) in seeds:
+            raise ConfigError(f"{seeds[seed]} and {directory} are both of seed {seed}; move one of them away")
+        seeds[seed] = directory
+        first = spec if len(seeds) == 1 else first
+        if differing := sorted(key for key in {*first, *spec} if first.get(key) != spec.get(key)):
+            raise ConfigError(
+                f"{directory} and {directories[0]} differ in {', '.join(differing)}, so their numbers cannot be "
+                "pooled; move one of them away, or name each directory to see it alone"
+            )
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    """What ``training.json`` tells of a run; nothing where there is none."""
+    path = directory / RECORD
+    return checkpoint.read_json(path, "train the model anew") if path.exists() else {}
+
+
 def _open(directory: Path, model: str) -> Run:
     """A run by what its directory holds; the weights are hashed, not loaded."""
     tokenizer = checkpoint.load_tokenizer(directory)
@@ -112,9 +137,7 @@ def _open(directory: Path, model: str) -> Run:
             f"{directory} {has}; the tasks need weights over the zoo's {len(words.VOCABULARY)} words, "
             "as `jambascope zoo train` makes them"
         )
-    record = {}
-    if (directory / RECORD).exists():
-        record = checkpoint.read_json(directory / RECORD, "train the model anew")
+    record = _record(directory)
     return Run(
         model=model,
         seed=int(record.get("spec", {}).get("seed", UNKNOWN_SEED)),
@@ -138,8 +161,9 @@ def _identity(directory: Path) -> str:
 
 
 def fingerprint(episodes: int) -> str:
-    """Of everything that decides the values but the weights: grid, language and measures, as they are written."""
-    modules = (tasks, measures, scoring, words, documents, reviews, language)
+    """Of what decides the values besides the weights: grid, language and measures, as they are written. The model's
+    own code is not in it: after a change there, remove the values that are kept."""
+    modules = (tasks, measures, scoring, losses, words, documents, reviews, language)
     sources = [inspect.getsource(module) for module in modules]
     return sha256("\0".join([*sources, str(tasks.TRAINED_LENGTH), str(episodes), np.__version__]).encode()).hexdigest()
 

@@ -60,12 +60,17 @@ def seed_jobs(name: str, runs: Path, learning_rate: float | None) -> list[Job]:
     ]
 
 
+def first_seed(name: str, runs: Path) -> Path:
+    """Where the run that the search chose is linked."""
+    return runs / name / f"seed-{SEEDS[0]}"
+
+
 @dataclass
 class Family:
     """The runs of some recipes, and how far each has come.
 
     Raises:
-        ConfigError: an unknown recipe, or a directory that holds a run of another spec.
+        ConfigError: an unknown recipe, or a directory that holds a run of another spec or of nobody's search.
     """
 
     names: Sequence[str]
@@ -82,6 +87,9 @@ class Family:
         if missing := [name for name in self.first if name not in self.names]:
             raise ConfigError(f"first={missing[0]!r} is not among the recipes to train: {', '.join(self.names)}")
         for name in self.names:
+            link = first_seed(name, self.runs)
+            if link.exists() and not link.is_symlink():
+                raise ConfigError(f"{link} is a run of its own, where the search's chosen one belongs; {jobs.AWAY}")
             for job in search_jobs(name, self.runs):
                 self.look(job)
             for job in seed_jobs(name, self.runs, self.chosen(name)):
@@ -123,7 +131,7 @@ class Family:
         results = [{"learning_rate": job.learning_rate, **dataclasses.asdict(self.state(job))} for job in searched]
         outcome = {"name": name, "seed": SEEDS[0], "steps": searched[0].total_steps, "chosen": chosen}
         jobs.write_json(self.runs / name / SEARCH, outcome | {"results": results})
-        link = self.runs / name / f"seed-{SEEDS[0]}"
+        link = first_seed(name, self.runs)
         link.unlink(missing_ok=True)
         if chosen is not None:
             link.symlink_to(f"lr-{chosen:g}", target_is_directory=True)

@@ -23,6 +23,7 @@ from jambascope.zoo.train import RECORD
 
 COMMAND = [sys.executable, "-m", "jambascope.studies.zoo.child"]
 FAILED, OUTPUT = "failed.json", "train.log"
+AWAY = "move it away, or give another --runs"
 DIVERGED = re.compile(r"the loss became \S+ at step (\d+)")
 """What ``training.fit`` says of a run whose loss is no longer finite."""
 
@@ -83,13 +84,15 @@ def state(job: Job) -> State:
     """How far a job has come.
 
     Raises:
-        ConfigError: its directory holds a run of another recipe or spec.
+        ConfigError: its directory holds a run of another recipe, spec or curriculum.
         CheckpointError: its checkpoint cannot be read.
     """
     if job.learning_rate is None:
         return State()
     if (record := _read(job.directory / RECORD)) is not None:
         _same(job, "spec", record["spec"])
+        if record["stages"] != _as_stored([dataclasses.asdict(stage) for stage in job.recipe.stages]):
+            raise ConfigError(f"{job.directory} holds a run of another curriculum; {AWAY}")
         _same_checkpoint(job)
         found = record["evaluation"]
         common: dict[str, Any] = dict(step=record["steps"], seconds=record["seconds"], loss=found["lm"])
@@ -177,9 +180,7 @@ def _same(job: Job, part: str, found: Any) -> None:
     if found != wanted:
         keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         differing = ", ".join(f"{key} {found.get(key)} instead of {wanted.get(key)}" for key in keys)
-        raise ConfigError(
-            f"{job.directory} holds a run of another {part}: {differing}; move it away, or give another --runs"
-        )
+        raise ConfigError(f"{job.directory} holds a run of another {part}: {differing}; {AWAY}")
 
 
 def _same_checkpoint(job: Job) -> int:

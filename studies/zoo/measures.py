@@ -138,12 +138,15 @@ def _verdicts(model: HookedJamba, task: Task, documents: Sequence[Document]) -> 
 
 
 def _answers(model: HookedJamba, task: Task, documents: Sequence[Document]) -> Found:
-    """Mean over the answers of each document; of phone numbers also the share that is right in all digits."""
+    """Mean over the answers of each document. A phone number is right when all its digits are, which is when greedy
+    decoding says it (Repeat After Me, arXiv 2402.01032): of later digits by themselves, the ones before tell the entry
+    without its name."""
     scores = scoring.answer_scores(model, documents)
     found: Found = {("accuracy", None): scores.hits.nanmean(1), ("loss", None): scores.losses.nanmean(1)}
     if task.domain == "phones":
         digits = scores.hits.reshape(len(documents), -1, 3)
-        found["accuracy of whole numbers", None] = digits.prod(2).nanmean(1)
+        found["accuracy", None] = digits.prod(2).nanmean(1)
+        found["accuracy of digits", None] = scores.hits.nanmean(1)
     if task.chance is not None:
         found["chance", None] = np.full(len(documents), task.chance)
     return found

@@ -36,7 +36,10 @@ class Plots:
             "Episodes of reviews, labelled by words that only the reviews before explain. After s shots a model can "
             "know the class and still answer outside the episode's labels: the format gap is the accuracy among the "
             "labels less that among all words. Accuracy is taken where a shot has shown the right label; "
-            "after one shot that is the only label so far, so compare with the commonest label so far.",
+            "after one shot that is the only label so far, so compare with the commonest label so far. Unseen labels "
+            "are other kinds of words (places and colours) than the familiar arbitrary ones (things and animals), so "
+            "not their novelty alone differs; natural pairs are few (3 unseen, 8 familiar), and intervals over "
+            "episodes do not say what other pairs would show.",
             [
                 *self._few_shot(),
                 self._competitors(),
@@ -144,13 +147,14 @@ class Plots:
         names = ("repeat", "recall", "phones", "copy", "secret")
         tasks = [next(task for task in grid() if task.task == name) for name in names]
         panels = [self._panel(f"{t.task}: {t.x_name}", t.task, t.condition, "accuracy") for t in tasks]
-        about = f"accuracy on answers over the whole vocabulary, against the size; {SHADED}"
+        about = f"accuracy over the whole vocabulary, of phone numbers in all digits, against the size; {SHADED}"
         return lines("Looking up", about, [("accuracy", panels)], "size")
 
     def _stories(self) -> go.Figure:
         conditions = [condition for task, condition in self._tasks if task == "story"]
         panels = [self._panel(c, "story", c, "accuracy") for c in conditions]
-        return bars("Stories", "accuracy on names, things and verbs that the text determines", panels, "accuracy", 3)
+        about = "accuracy on names, things and verbs that the text determines; dotted: chance of two words that fit"
+        return bars("Stories", about, panels, "accuracy", 3)
 
     def _losses(self) -> go.Figure:
         panels = [

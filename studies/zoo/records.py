@@ -34,7 +34,8 @@ def trainings(name: str, runs: Path) -> list[Training]:
     """The runs of ``RUNS/NAME/seed-*`` that are over, by seed.
 
     Raises:
-        ConfigError: none is finished, or one is of another spec than the recipe's.
+        ConfigError: none is finished, one is of another spec than the recipe's, or not all are of the same learning
+            rate, the one that the search chose.
     """
     found = []
     for directory in (runs / name).glob("seed-*"):
@@ -47,6 +48,14 @@ def trainings(name: str, runs: Path) -> list[Training]:
         found.append(Training(job, jobs.state(job), record))
     if not any(training.state.kind == "finished" for training in found):
         raise ConfigError(f"{runs / name} holds no finished seed; train it with: jambascope zoo family {name}")
+    outcome = search(name, runs)
+    rates = {training.job.learning_rate for training in found} | ({outcome["chosen"]} if outcome else set())
+    if len(rates) > 1:
+        raise ConfigError(
+            f"the search and the seeds of {runs / name} are not of one learning rate, but of "
+            f"{', '.join(sorted(map(str, rates)))}; move the odd ones away, and train them with: "
+            f"jambascope zoo family {name}"
+        )
     return sorted(found, key=lambda training: training.job.seed)
 
 

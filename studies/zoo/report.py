@@ -38,8 +38,8 @@ HEADLINE = (
 )
 """Title, task, condition, x, measure."""
 HEADLINE_NOTE = (
-    "Labels: unseen arbitrary label words, two classes, 8 shots; long reviews have 16 sentences more. Losses in nats "
-    "on packed rows of the mixture. All held out."
+    "Labels: unseen arbitrary label words, two classes, 8 shots; long reviews have 16 sentences more. Phones: numbers "
+    "right in all digits. Losses in nats on packed rows of the mixture. All held out."
 )
 INTERVALS = (
     "Intervals are 95 %: of one training, the percentile bootstrap over documents; over several seeds, the "
@@ -144,7 +144,8 @@ def _difference_section(rows: Sequence[Difference]) -> str:
         cells.append((model, str(seeds), *(_cell(found.get((model, *where))) for _, *where in HEADLINE)))
     about = (
         f"Mean over seeds less that of {REFERENCE}, on the same documents; documents are drawn for both together, "
-        "seeds by themselves. Of a model with one seed the interval leaves out how trainings differ."
+        "seeds by themselves. Of a model with one seed the interval leaves out how trainings differ. Intervals are of "
+        "single numbers: of many, about one in twenty excludes zero where nothing differs, with few seeds more."
     )
     section = page.section(f"Less {REFERENCE}", columns, cells)
     return section and section + f"<p>{html.escape(about)}</p>"

@@ -9,6 +9,7 @@ over them is too narrow, see :func:`hierarchical_draws`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -116,11 +117,13 @@ def estimate(
         else:
             low, high = percentiles(drawn)
     hits = samples[..., 0].nan_to_num()
-    low_wilson, high_wilson = wilson(hits.sum((0, 1)), counts)
+    # Seeds read the same documents: that many times over they say no more about those that were not drawn.
+    low_wilson, high_wilson = wilson(hits.sum((0, 1)) / len(samples), counts / len(samples))
     binary = ((hits == 0) | (hits == 1)).all(0).all(0) & (samples.shape[-1] == 1) & (counts > 0)
     low = torch.where(binary, torch.minimum(low, low_wilson), low)
     high = torch.where(binary, torch.maximum(high, high_wilson), high)
-    return means, low, high, counts
+    few = known.any(0).sum(0) < 2  # documents, however many seeds read them
+    return means, low.masked_fill(few, -math.inf), high.masked_fill(few, math.inf), counts
 
 
 def hierarchical_draws(

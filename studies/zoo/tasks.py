@@ -15,10 +15,11 @@ from zlib import crc32
 
 import numpy as np
 
-from jambascope.zoo.documents import Document
+from jambascope.zoo.documents import Document, pick
 from jambascope.zoo.language import DOMAINS, Row, document, mixture
 from jambascope.zoo.recipes import RECIPES
 from jambascope.zoo.reviews import Episode
+from jambascope.zoo.words import COLORS, PLACES, THINGS
 
 SEED = 2
 SHOTS = (0, 1, 2, 4, 8, 16, 32)
@@ -87,8 +88,19 @@ def draw(task: Task, episodes: int) -> list[Document] | list[Row]:
         indices = options.pop("index")
         return [document(task.domain, rng, "held_out", index=indices[i % len(indices)]) for i in range(count)]
     drawn = [document(task.domain, rng, "held_out", **options) for _ in range(count)]
+    if options.get("filler"):
+        drawn = [_labels_only_as_labels(episode, rng) for episode in drawn]
     change = {"drawn": _labels_as_drawn, "meant": _label_as_meant}.get(task.asked, lambda doc: doc)
     return [change(doc) for doc in drawn]
+
+
+def _labels_only_as_labels(episode: Episode, rng: np.random.Generator) -> Episode:
+    """Another word of the same list wherever a filler sentence says a label. Filler is full of places and colours, the
+    unseen labels, and less so of things and animals, the familiar ones: conditions would differ in more than length."""
+    lists = {label: words for words in (PLACES, COLORS, THINGS) for label in words if label in episode.labels}
+    other = {label: pick(rng, [w for w in words if w not in episode.labels]) for label, words in lists.items()}
+    words = [word if i in episode.label_positions else other.get(word, word) for i, word in enumerate(episode.words)]
+    return dataclasses.replace(episode, words=tuple(words))
 
 
 def _labels_as_drawn(episode: Episode) -> Episode:
@@ -192,8 +204,8 @@ def _answers(
 
 
 def _chance(domain: str, size: int) -> float | None:
-    """A random digit of a phone number, a random value of the table, a random word of those that were said."""
-    return {"phones": 0.1, "recall": 1 / size, "repeat": 1 / size, "copy": 1 / COPIED}.get(domain)
+    """A random entry of the phone book or the table, a random word of those that were said."""
+    return {"phones": 1 / size, "recall": 1 / size, "repeat": 1 / size, "copy": 1 / COPIED}.get(domain)
 
 
 def _lookups() -> Iterator[Task]:
@@ -209,7 +221,10 @@ def _lookups() -> Iterator[Task]:
 def _stories() -> Iterator[Task]:
     for condition, index in ({"two to four sentences": None} | TEMPLATES).items():
         options = () if index is None else (("index", index),)
-        yield Task(task="story", condition=condition, measured="answers", domain="story", options=options)
+        chance = None if index is None else 0.5  # is or are, one or the other
+        yield Task(
+            task="story", condition=condition, measured="answers", domain="story", options=options, chance=chance
+        )
 
 
 def _rows() -> Iterator[Task]:

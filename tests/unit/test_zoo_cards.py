@@ -216,6 +216,11 @@ def change_weights(runs: Path) -> None:
     path.write_bytes(data)
 
 
+def change_the_search(runs: Path) -> None:
+    path = runs / "jamba-micro" / "search.json"
+    jobs.write_json(path, json.loads(path.read_text()) | {"chosen": 4e-3})
+
+
 def lose_a_number(runs: Path) -> None:
     records.pq.write_table(table(results_rows()[:-2]), runs / "evaluation" / "results.parquet")
 
@@ -224,12 +229,13 @@ def lose_a_number(runs: Path) -> None:
     ("damage", "message"),
     [
         (change_weights, r"is of other weights of mamba-micro than .* \(seed 0\); evaluate again with: jambascope zoo"),
+        (change_the_search, "jamba-micro are not of one learning rate, but of 0.002, 0.004; move the odd ones away"),
         (lose_a_number, "has no 'loss on answers' of mamba-micro of seed 0"),
         (lambda runs: shutil.rmtree(runs / "evaluation"), "holds no results of `zoo eval`"),
         (lambda runs: shutil.rmtree(runs / "mamba-micro"), "holds no finished seed; train it with"),
         (lambda runs: (runs / "mamba-micro/seed-0/tokenizer.json").unlink(), "lacks tokenizer.json; train it anew"),
     ],
-    ids=["other weights", "a number missing", "no results", "not trained", "half a run"],
+    ids=["other weights", "another rate", "a number missing", "no results", "not trained", "half a run"],
 )
 def test_nothing_ships_unless_everything_is_there(runs, tmp_path, damage, message):
     damage(runs)
@@ -246,6 +252,23 @@ def test_too_large_a_package_and_unknown_names_are_refused(runs, tmp_path, monke
     with pytest.raises(ConfigError, match=r"would take 1\d\d,\d\d\d bytes, more than 100,000"):
         ship.ship(runs, runs / "evaluation", tmp_path / "package", ["mamba-micro"])
     assert not (tmp_path / "package" / "mamba-micro").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "at_the_end"), [(1e-3, True), (2e-3, False), (4e-3, True)], ids=["lowest", "middle", "highest"]
+)
+def test_a_rate_at_the_end_of_the_search_is_told(chosen, at_the_end):
+    results = [{"learning_rate": rate, "held_out": 4.0, "seconds": 1.0} for rate in (1e-3, 2e-3, 4e-3)]
+    told = cards._search({"seed": 0, "steps": 1, "chosen": chosen, "results": results}, chosen)
+    assert ("one beyond might be better" in " ".join(told.split())) == at_the_end
+
+
+def test_only_of_several_seeds_the_typical_ships():
+    searched = {"seed": 0}
+    assert "typical" not in cards._ships(1, None) and "flattered" not in cards._ships(3, None)
+    assert "seed 0 is the one that the search chose" in cards._ships(1, searched)
+    assert "median held-out loss, so" in cards._ships(3, searched)
+    assert "(of the two in the middle the worse)" in cards._ships(2, searched)
 
 
 def test_stages_tell_what_differs_from_the_last():

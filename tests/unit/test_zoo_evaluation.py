@@ -83,13 +83,37 @@ def test_names_stand_for_their_finished_seeds(runs):
     assert (first.steps, first.tokens, first.directory) == (7, 99, runs / "jamba-micro" / "seed-0")
 
 
-def test_packaged_weights_are_a_seed_unless_a_run_has_it(runs, nothing_packaged, tmp_path):
-    nothing_packaged["jamba-micro"] = save(tmp_path / "packaged", 1)
-    assert seeds(find_runs(["jamba-micro"])) == [("jamba-micro", 1)]
-    found = find_runs(["jamba-micro"], runs)
-    assert [(run.seed, run.directory.parent.parent) for run in found] == [(0, runs), (1, runs)]
-    nothing_packaged["jamba-micro"] = save(tmp_path / "other", 2)
-    assert seeds(find_runs(["jamba-micro"], runs)) == [("jamba-micro", seed) for seed in (0, 1, 2)]
+def test_runs_stand_in_for_packaged_weights_even_of_another_vocabulary(runs, nothing_packaged, tmp_path):
+    nothing_packaged["jamba-micro"] = save(tmp_path / "packaged", 2)
+    assert seeds(find_runs(["jamba-micro"])) == [("jamba-micro", 2)]
+    assert seeds(find_runs(["jamba-micro"], runs)) == [("jamba-micro", 0), ("jamba-micro", 1)]
+    nothing_packaged["jamba-micro"] = save(tmp_path / "old", 2, tokenizer=False)
+    assert seeds(find_runs((), runs)) == [("jamba-micro", 0), ("jamba-micro", 1), ("mamba-micro", 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spec": {"seed": 1, "steps": 5}}, r"seed-1 and .*seed-0 differ in steps, so their numbers cannot be pooled"),
+        ({"spec": {"seed": 1}, "stages": [{"until": None}]}, "differ in curriculum"),
+        ({"spec": {"seed": 0}}, r"seed-0 and .*seed-1 are both of seed 0"),
+    ],
+    ids=["other steps", "other curriculum", "same seed"],
+)
+def test_runs_that_differ_in_more_than_their_seeds_are_not_pooled(tmp_path, change, message):
+    for seed in (0, 1):
+        save(tmp_path / "jamba-micro" / f"seed-{seed}", seed)
+    (tmp_path / "jamba-micro" / "seed-1" / "training.json").write_text(json.dumps(change))
+    with pytest.raises(ConfigError, match=message):
+        find_runs(["jamba-micro"], tmp_path)
+    assert len(find_runs([str(path) for path in (tmp_path / "jamba-micro").iterdir()])) == 2
+
+
+def test_a_linked_seed_is_found_under_its_own_name(tmp_path):
+    save(tmp_path / "jamba-micro" / "lr-0.001", 0)
+    (tmp_path / "jamba-micro" / "seed-0").symlink_to("lr-0.001", target_is_directory=True)
+    (found,) = find_runs(["jamba-micro"], tmp_path)
+    assert (found.seed, found.directory) == (0, tmp_path / "jamba-micro" / "seed-0")
 
 
 def test_a_checkpoint_directory_is_a_model_of_its_own(runs):

@@ -77,7 +77,9 @@ def started(tiny_recipes, monkeypatch) -> list[str]:
             (job.directory / jobs.OUTPUT).write_text(f"step 1/4\n{loss}\n")
             return Ended(1)
         spec, evaluation = job.recipe.spec, {"lm": 3.0, "held_out": loss}
-        record = {"spec": dataclasses.asdict(spec), "steps": spec.steps, "seconds": 60.0, "evaluation": evaluation}
+        stages = [dataclasses.asdict(stage) for stage in job.recipe.stages]
+        record = {"spec": dataclasses.asdict(spec), "stages": stages, "steps": spec.steps, "seconds": 60.0}
+        record |= {"evaluation": evaluation}
         jobs.write_json(job.directory / RECORD, record)
         return Ended(0)
 
@@ -139,6 +141,21 @@ def test_what_is_over_is_not_trained_again(started, tmp_path):
     assert len(started) == count
     assert "--snapshots" in zoo_family.search_jobs("jamba-micro", tmp_path)[0].arguments()
     assert "--snapshots" not in zoo_family.seed_jobs("jamba-micro", tmp_path, 1e-3)[0].arguments()
+
+
+def test_a_run_of_another_curriculum_is_refused(started, tmp_path, monkeypatch):
+    zoo_family.train(Family(["jamba-micro"], tmp_path), 1, silent)
+    stages = (recipes.Stage(until=None, batch_size=1, sequence_length=16),)
+    monkeypatch.setitem(recipes.RECIPES, "jamba-micro", dataclasses.replace(two()["jamba-micro"], stages=stages))
+    with pytest.raises(ConfigError, match="lr-0.0007 holds a run of another curriculum; move it away"):
+        Family(["jamba-micro"], tmp_path)
+
+
+def test_a_run_that_lies_where_the_chosen_one_is_linked_is_kept(started, tmp_path):
+    (tmp_path / "jamba-micro" / "seed-0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="seed-0 is a run of its own, where the search's chosen one belongs"):
+        Family(["jamba-micro"], tmp_path)
+    assert started == []
 
 
 def test_a_search_that_fails_throughout_trains_no_seed(started, tmp_path, monkeypatch):

@@ -147,6 +147,14 @@ def test_who_judges_freely_fills_the_gap_not_the_label_set():
     assert found["format gap", 8] == found["accuracy restricted", 8]
 
 
+@pytest.mark.parametrize("kind", ["unseen", "familiar"])
+def test_filler_says_no_label(kind):
+    task = find("few-shot", f"{kind} arbitrary labels, 16 filler sentences")
+    for doc in tasks.draw(task, 8):
+        assert len(doc.label_positions) == 9
+        assert [i for i, word in enumerate(doc.words) if word in doc.labels] == list(doc.label_positions)
+
+
 def test_accuracy_on_shuffled_labels_is_chance_for_who_answers_by_class():
     task = find("few-shot", "shuffled labels")
     drawn = tasks.draw(task, 200)
@@ -246,8 +254,8 @@ def test_phone_numbers_as_a_loop_finds_them(model, x):
         p = probabilities(model, doc.words)
         right = [VOCABULARY[doc.words[i]] for i in doc.answers]
         hits = [p[i].argmax() == word for i, word in zip(doc.answers, right, strict=True)]
-        assert found["accuracy"][d] == pytest.approx(np.mean(hits))
-        assert found["accuracy of whole numbers"][d] == np.mean([all(hits[i : i + 3]) for i in range(0, len(hits), 3)])
+        assert found["accuracy of digits"][d] == pytest.approx(np.mean(hits))
+        assert found["accuracy"][d] == np.mean([all(hits[i : i + 3]) for i in range(0, len(hits), 3)])
         loss = -np.mean([np.log(p[i][word]) for i, word in zip(doc.answers, right, strict=True)])
         assert found["loss"][d] == pytest.approx(loss, rel=1e-4)
 
