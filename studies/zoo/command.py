@@ -26,7 +26,7 @@ def evaluate(
     ] = None,
     runs: Annotated[
         Path | None,
-        typer.Option(help="Evaluate the finished runs of the names here too: RUNS/NAME/seed-*/, such as runs/zoo."),
+        typer.Option(help="Of names with finished runs here, evaluate those: RUNS/NAME/seed-*/, such as runs/zoo."),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Directory for report.html, results.parquet and what belongs to them.")

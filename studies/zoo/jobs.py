@@ -91,7 +91,7 @@ def state(job: Job) -> State:
         return State()
     if (record := _read(job.directory / RECORD)) is not None:
         _same(job, "spec", record["spec"])
-        if record["stages"] != _as_stored([dataclasses.asdict(stage) for stage in job.recipe.stages]):
+        if record.get("stages") != _as_stored([dataclasses.asdict(stage) for stage in job.recipe.stages]):
             raise ConfigError(f"{job.directory} holds a run of another curriculum; {AWAY}")
         _same_checkpoint(job)
         found = record["evaluation"]

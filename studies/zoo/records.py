@@ -80,7 +80,7 @@ def results(evaluation: Path, found: Sequence[Training]) -> list[Row]:
     """
     finished = [training for training in found if training.state.kind == "finished"]
     name, runs = finished[0].job.name, finished[0].job.directory.parent.parent
-    remedy = f"evaluate again with: jambascope zoo eval {name} --runs {runs} --out {evaluation}"
+    remedy = f"evaluate again, all of them, with: jambascope zoo eval --runs {runs} --out {evaluation}"
     try:
         rows = [Row(**row) for row in pq.read_table(evaluation / "results.parquet").to_pylist()]
         models = json.loads((evaluation / "spec.json").read_text())["models"]

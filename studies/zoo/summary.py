@@ -25,7 +25,7 @@ from jambascope.hooks.intervals import (
     percentiles,
     resampled_means,
 )
-from jambascope.studies.zoo.evaluation import UNKNOWN_SEED, Run
+from jambascope.studies.zoo.evaluation import Run
 from jambascope.studies.zoo.measures import Cell, Values, statistic
 
 Z = 1.96
@@ -67,9 +67,8 @@ def rows_of(runs: Sequence[Run], values: Sequence[Values]) -> list[Row]:
         own = [(run, found) for run, found in zip(runs, values, strict=True) if run.model == model]
         for run, found in own:
             rows += _rows(model, run, [found])
-        seeded = [found for run, found in own if run.seed != UNKNOWN_SEED]
-        if len(seeded) > 1:
-            rows += _rows(model, None, seeded)
+        if len(own) > 1:
+            rows += _rows(model, None, [found for _, found in own])
     return rows
 
 

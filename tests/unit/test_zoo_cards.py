@@ -228,7 +228,10 @@ def lose_a_number(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change_weights, r"is of other weights of mamba-micro than .* \(seed 0\); evaluate again with: jambascope zoo"),
+        (
+            change_weights,
+            r"is of other weights of mamba-micro than .* \(seed 0\); evaluate again, all of them, with: jambascope zoo",
+        ),
         (change_the_search, "jamba-micro are not of one learning rate, but of 0.002, 0.004; move the odd ones away"),
         (lose_a_number, "has no 'loss on answers' of mamba-micro of seed 0"),
         (lambda runs: shutil.rmtree(runs / "evaluation"), "holds no results of `zoo eval`"),
