@@ -60,6 +60,10 @@ def train(
     if resume and _is_finished(out, name, chosen):
         return out
     if not resume:
+        if out.is_symlink():
+            raise ConfigError(
+                f"out={str(out)!r} is a link to {out.resolve()}, whose run would be lost; give another out"
+            )
         _forget(out)
     model = new_model(chosen)
 

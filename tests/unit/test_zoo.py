@@ -142,7 +142,7 @@ def test_it_continues_a_repetition(model, prompt):
         ("recall", dict(entries=4), 0.85),
         ("recall", dict(entries=12), 0.7),
         ("phones", dict(entries=3), 0.8),
-        ("copy", dict(count=4, noise=8), 0.4),
+        ("copy", dict(count=4, noise=2), 0.5),
         ("secret", dict(distance=16), 0.8),
         ("story", {}, 0.7),
     ],

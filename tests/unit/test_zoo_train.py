@@ -274,3 +274,11 @@ def test_the_command_refuses_numbers_that_make_no_sense(tmp_path, arguments, mes
     result = run("--out", str(tmp_path / "m"), *arguments)
     assert isinstance(result.exception, ConfigError) and message in str(result.exception)
     assert not (tmp_path / "m").exists()
+
+
+def test_a_run_that_is_linked_to_is_not_overwritten(tmp_path):
+    before = files(train.train("tiny", tmp_path / "lr-0.01", steps=2))
+    (tmp_path / "seed-0").symlink_to("lr-0.01")
+    with pytest.raises(ConfigError, match=r"seed-0' is a link to .*lr-0.01, whose run would be lost; give another out"):
+        train.train("tiny", tmp_path / "seed-0", steps=2)
+    assert files(tmp_path / "lr-0.01") == before
