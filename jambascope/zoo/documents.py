@@ -237,6 +237,8 @@ def copy(
 def secret(rng: np.random.Generator, split: Split = "train", distance: int | None = None) -> Document:
     """A word announced by ``secret``, ``distance`` other words (drawn when None: 4 to 40), and ``secret`` again.
 
+    The word is none of those around it, so that keeping one word is enough; ``repeat`` asks which word followed.
+
     Held out by length alone.
     """
     distance = log_uniform(rng, 4, 40) if distance is None else distance
