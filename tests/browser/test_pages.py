@@ -41,9 +41,9 @@ def axis_names(page: Page, key: str, axis: str = "x") -> list[str]:
 
 
 def heat(page: Page, key: str) -> np.ndarray:
-    """The numbers behind a heatmap, as the browser holds them; None becomes NaN."""
-    rows = figure(page, key).evaluate("e => Array.from(e._fullData[0].z, row => Array.from(row, v => v ?? null))")
-    return np.array(rows, dtype=float)
+    """The numbers behind a heatmap, as the browser holds them; None becomes NaN. None yet while it is drawn anew."""
+    held = "Array.from(e._fullData?.[0]?.z ?? [], row => Array.from(row, v => v ?? null))"
+    return np.array(figure(page, key).evaluate(f"e => {held}"), dtype=float)
 
 
 def query(page: Page) -> dict[str, str]:
