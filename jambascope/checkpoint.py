@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from jambascope.config import JambaConfig
 from jambascope.devices import parse_device, parse_dtype
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.files import write_json
 from jambascope.hf_format import Piece, config_from_hf, config_to_hf, pieces
 from jambascope.kernels.experts.int8 import QUANTIZE, ExpertsInt8, is_quantized, quantize_rows
 from jambascope.zoo import packaged_models
@@ -385,18 +386,12 @@ def save(model: HookedJamba, directory: str | Path) -> None:
     index = directory / "model.safetensors.index.json"
     if len(shards) > 1:
         total = sum(p.nbytes for p in parameters.values())
-        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
     for stale in {directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")}:
         if stale.name not in weight_map.values():  # of an earlier save; a reader might prefer it
             stale.unlink(missing_ok=True)
-    _write_json(directory / "config.json", hf)
+    write_json(directory / "config.json", hf)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

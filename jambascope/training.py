@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.files import write_table
 from jambascope.kernels.experts.int8 import QUANTIZE, is_quantized
 from jambascope.model import HookedJamba
 
@@ -283,9 +284,7 @@ def _metadata(model: HookedJamba, spec: TrainingSpec, step: int) -> dict[str, st
 
 def _write_log(path: Path, log: list[dict[str, float]]) -> None:
     columns = list(dict.fromkeys(key for row in log for key in row))
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table({column: [row.get(column) for row in log] for column in columns}), temporary)
-    os.replace(temporary, path)
+    write_table(path, pa.table({column: [row.get(column) for row in log] for column in columns}))
 
 
 def _progress_line(steps: int, first: int) -> Callable[[Mapping[str, float]], None]:

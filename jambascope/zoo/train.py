@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -17,6 +16,7 @@ from jaxtyping import Int
 
 from jambascope import training
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.files import write_json
 from jambascope.initialization import initialize, mimetic
 from jambascope.model import HookedJamba
 from jambascope.zoo import progress
@@ -122,9 +122,7 @@ def _write_record(path: Path, name: str, chosen: Recipe, log: list[dict[str, flo
         "torch": torch.__version__,
         "evaluation": {key: value for key, value in log[-1].items() if key in ("lm", *progress.MEASURES)},
     }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, record)
 
 
 def new_model(chosen: Recipe) -> HookedJamba:

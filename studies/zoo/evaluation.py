@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from jambascope import checkpoint, losses
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.files import write_table
 from jambascope.model import HookedJamba
 from jambascope.studies.zoo import measures, tasks
 from jambascope.studies.zoo.measures import Cell, Values
@@ -240,18 +240,3 @@ def read_values(path: Path) -> Values:
         gathered.setdefault(cell, []).append(value)
         last[cell] = max(last.get(cell, 0), part)
     return {cell: np.array(values).reshape(-1, last[cell] + 1) for cell, values in gathered.items()}
-
-
-# -- files that appear under their names only when complete ----------------------------------------------------
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

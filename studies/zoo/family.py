@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jambascope.errors import ConfigError
+from jambascope.files import write_json
 from jambascope.studies.zoo import jobs
 from jambascope.studies.zoo.jobs import Job, State
 from jambascope.zoo import recipes
@@ -130,7 +131,7 @@ class Family:
         searched, chosen = search_jobs(name, self.runs), self.chosen(name)
         results = [{"learning_rate": job.learning_rate, **dataclasses.asdict(self.state(job))} for job in searched]
         outcome = {"name": name, "seed": SEEDS[0], "steps": searched[0].total_steps, "chosen": chosen}
-        jobs.write_json(self.runs / name / SEARCH, outcome | {"results": results})
+        write_json(self.runs / name / SEARCH, outcome | {"results": results})
         link = first_seed(name, self.runs)
         link.unlink(missing_ok=True)
         if chosen is not None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.files import write_json
 from jambascope.training import CHECKPOINT, LOG
 from jambascope.zoo import recipes
 from jambascope.zoo.train import RECORD
@@ -149,13 +150,6 @@ def record_failure(job: Job) -> bool:
     error = said[-1].removeprefix("jambascope: ")
     write_json(job.directory / FAILED, {"spec": _spec(job), "step": int(found[1]), "error": error})
     return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Under its name only when complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

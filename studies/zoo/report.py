@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jambascope.files import write_table, write_text
 from jambascope.studies import page
 from jambascope.studies.bench.peers import versions
 from jambascope.studies.environment import machine
 from jambascope.studies.zoo import differences, summary, tasks
 from jambascope.studies.zoo.differences import REFERENCE, Difference
-from jambascope.studies.zoo.evaluation import UNKNOWN_SEED, Run, fingerprint, write_table, write_text
+from jambascope.studies.zoo.evaluation import UNKNOWN_SEED, Run, fingerprint
 from jambascope.studies.zoo.plots import Plots
 from jambascope.studies.zoo.summary import Row
 

@@ -13,6 +13,7 @@ import pytest
 from jambascope import HookedJamba
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
+from jambascope.files import write_json
 from jambascope.studies.zoo import cards, jobs, records, ship
 from jambascope.studies.zoo.evaluation import find_runs
 from jambascope.studies.zoo.report import HEADLINE, number
@@ -77,16 +78,14 @@ def runs(trained, tmp_path, monkeypatch) -> Path:
     add_run(trained, found, "mamba-micro", 0, 2.0, 1e-3)
     spec = json.loads((found / "jamba-micro" / "seed-0" / RECORD).read_text())["spec"]
     (found / "jamba-micro" / "seed-7").mkdir()
-    jobs.write_json(
-        found / "jamba-micro" / "seed-7" / jobs.FAILED, {"spec": spec | {"seed": 7}, "step": 1, "error": ERROR}
-    )
+    write_json(found / "jamba-micro" / "seed-7" / jobs.FAILED, {"spec": spec | {"seed": 7}, "step": 1, "error": ERROR})
     results = [
         {"learning_rate": 1e-3, "held_out": 4.321, "seconds": 60.0, "error": None},
         {"learning_rate": 2e-3, "held_out": 4.123, "seconds": 66.0, "error": None},
         {"learning_rate": 4e-3, "held_out": None, "seconds": 0.0, "error": "the loss became inf at step 0"},
     ]
     outcome = {"name": "jamba-micro", "seed": 0, "steps": 1, "chosen": 2e-3, "results": results}
-    jobs.write_json(found / "jamba-micro" / "search.json", outcome)
+    write_json(found / "jamba-micro" / "search.json", outcome)
     write_results(found)
     return found
 
@@ -97,7 +96,7 @@ def add_run(trained: Path, runs: Path, name: str, seed: int, held_out: float, ra
     record = json.loads((directory / RECORD).read_text())
     record["spec"] |= {"seed": seed, "learning_rate": rate}
     record["evaluation"]["held_out"] = held_out
-    jobs.write_json(directory / RECORD, record)
+    write_json(directory / RECORD, record)
 
 
 def results_rows() -> list[Row]:
@@ -120,7 +119,7 @@ def write_results(runs: Path) -> None:
     models = [dataclasses.asdict(find_runs([str(path)])[0]) | {"directory": str(path)} for path in ship_directories]
     for model, path in zip(models, ship_directories, strict=True):
         model["model"] = path.parent.name
-    jobs.write_json(out / "spec.json", {"models": models})
+    write_json(out / "spec.json", {"models": models})
     records.pq.write_table(table(results_rows()), out / "results.parquet")
 
 
@@ -218,7 +217,7 @@ def change_weights(runs: Path) -> None:
 
 def change_the_search(runs: Path) -> None:
     path = runs / "jamba-micro" / "search.json"
-    jobs.write_json(path, json.loads(path.read_text()) | {"chosen": 4e-3})
+    write_json(path, json.loads(path.read_text()) | {"chosen": 4e-3})
 
 
 def lose_a_number(runs: Path) -> None:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from jambascope.cli import app, zoo_app
 from jambascope.config import JambaConfig
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.files import write_json
 from jambascope.studies.zoo import family as zoo_family
 from jambascope.studies.zoo import family_command, jobs
 from jambascope.studies.zoo.family import RATES, SEEDS, Family
@@ -80,7 +81,7 @@ def started(tiny_recipes, monkeypatch) -> list[str]:
         stages = [dataclasses.asdict(stage) for stage in job.recipe.stages]
         record = {"spec": dataclasses.asdict(spec), "stages": stages, "steps": spec.steps, "seconds": 60.0}
         record |= {"evaluation": evaluation}
-        jobs.write_json(job.directory / RECORD, record)
+        write_json(job.directory / RECORD, record)
         return Ended(0)
 
     monkeypatch.setattr(jobs, "start", start)
