@@ -1,6 +1,7 @@
 """The whole family of the zoo, trained: an equal search for the learning rate of every recipe, then the seeds.
 
-The search trains every recipe from the first of ``SEEDS`` at ``RATES``, over all of its steps; the run of the lowest
+The search trains every recipe from the first of ``SEEDS``, over all of its steps, at the rates of ``START``, and goes
+on through ``RATES`` on the side of the better one until the best has a worse one on either side. The run of the lowest
 held-out loss at the end is chosen, and is the recipe's first seed. A run that diverges is recorded and never chosen.
 Each run has a directory, and what is finished is not trained again:
 
@@ -13,6 +14,7 @@ Each run has a directory, and what is finished is not trained again:
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import time
@@ -27,7 +29,9 @@ from jambascope.studies.zoo import jobs
 from jambascope.studies.zoo.jobs import Job, State
 from jambascope.zoo import recipes
 
-RATES = (7e-4, 1.5e-3, 3e-3)
+RATES = (2e-4, 3.5e-4, 7e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
+START = (1.5e-3, 3e-3)
+"""The first of ``RATES`` that are tried, neighbours."""
 SEEDED = ("jamba-micro", "jamba-micro-1to3", "mamba-micro", "attention-micro")
 """Recipes that are trained from all ``SEEDS``; the others from the first of them."""
 SEEDS = (0, 1, 2)
@@ -39,18 +43,10 @@ TRIES = 2
 """How often a run is begun in one call, when its process ends without having diverged: it may have been killed."""
 
 
-def search_jobs(name: str, runs: Path) -> list[Job]:
-    """The runs from the first seed, one at each learning rate."""
-    return [
-        Job(
-            name=name,
-            directory=runs / name / f"lr-{rate:g}",
-            seed=SEEDS[0],
-            learning_rate=rate,
-            snapshots=name in KEEPING,
-        )
-        for rate in RATES
-    ]
+def search_job(name: str, runs: Path, rate: float) -> Job:
+    """The run from the first seed at a learning rate."""
+    directory = runs / name / f"lr-{rate:g}"
+    return Job(name=name, directory=directory, seed=SEEDS[0], learning_rate=rate, snapshots=name in KEEPING)
 
 
 def seed_jobs(name: str, runs: Path, learning_rate: float | None) -> list[Job]:
@@ -91,8 +87,8 @@ class Family:
             link = first_seed(name, self.runs)
             if link.exists() and not link.is_symlink():
                 raise ConfigError(f"{link} is a run of its own, where the search's chosen one belongs; {jobs.AWAY}")
-            for job in search_jobs(name, self.runs):
-                self.look(job)
+            for rate in RATES:
+                self.look(search_job(name, self.runs, rate))
             for job in seed_jobs(name, self.runs, self.chosen(name)):
                 self.look(job)
 
@@ -109,26 +105,38 @@ class Family:
         """All runs in the order in which they are to be made: searches, then the other seeds; within each the recipes
         in turn. The rate of a run is None while the search for it is not over."""
         found = [
-            job
-            for name in self.names
-            for job in (*search_jobs(name, self.runs), *seed_jobs(name, self.runs, self.chosen(name)))
+            job for name in self.names for job in (*self.search(name), *seed_jobs(name, self.runs, self.chosen(name)))
         ]
         return sorted(found, key=lambda job: (job.name not in self.first, job.seed != SEEDS[0]))
 
+    def search(self, name: str) -> list[Job]:
+        """The runs of a recipe's search as far as it is known, by rate: the best so far ends it, or names the next."""
+        runs = [search_job(name, self.runs, rate) for rate in RATES]
+        first, last = RATES.index(START[0]), RATES.index(START[-1])
+        while all(self.state(job).over for job in runs[first : last + 1]):
+            best = min(range(first, last + 1), key=lambda i: _loss(self.state(runs[i])))
+            if best == first > 0:
+                first -= 1
+            elif best == last < len(runs) - 1:
+                last += 1
+            else:
+                break
+        return runs[first : last + 1]
+
     def searched(self, name: str) -> bool:
         """Whether the search of a recipe is over."""
-        return all(self.state(job).over for job in search_jobs(name, self.runs))
+        return all(self.state(job).over for job in self.search(name))
 
     def chosen(self, name: str) -> float | None:
         """The learning rate of the lowest held-out loss; None while the search goes on, or when every run failed."""
         if not self.searched(name):
             return None
-        found = [(self.state(job).held_out, job.learning_rate) for job in search_jobs(name, self.runs)]
-        return min((pair for pair in found if pair[0] is not None), default=(None, None))[1]
+        best = min(self.search(name), key=lambda job: _loss(self.state(job)))
+        return best.learning_rate if self.state(best).held_out is not None else None
 
     def write_search(self, name: str) -> None:
         """Write what a search that is over has found to ``search.json``, and link the chosen run as the first seed."""
-        searched, chosen = search_jobs(name, self.runs), self.chosen(name)
+        searched, chosen = self.search(name), self.chosen(name)
         results = [{"learning_rate": job.learning_rate, **dataclasses.asdict(self.state(job))} for job in searched]
         outcome = {"name": name, "seed": SEEDS[0], "steps": searched[0].total_steps, "chosen": chosen}
         write_json(self.runs / name / SEARCH, outcome | {"results": results})
@@ -161,6 +169,10 @@ class Family:
                 seconds, tokens = spent[job.name] if spent[job.name][1] else total
                 left += seconds / tokens * (self.tokens(job, job.total_steps) - self.tokens(job, now.step))
         return left / at_a_time / 60
+
+
+def _loss(state: State) -> float:
+    return math.inf if state.held_out is None else state.held_out
 
 
 def cores() -> int:

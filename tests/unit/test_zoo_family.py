@@ -23,7 +23,7 @@ from jambascope.errors import CheckpointError, ConfigError
 from jambascope.files import write_json
 from jambascope.studies.zoo import family as zoo_family
 from jambascope.studies.zoo import family_command, jobs
-from jambascope.studies.zoo.family import RATES, SEEDS, Family
+from jambascope.studies.zoo.family import SEEDS, Family
 from jambascope.studies.zoo.jobs import Job
 from jambascope.training import TrainingSpec, fit
 from jambascope.zoo import progress, recipes
@@ -117,9 +117,12 @@ def silent(*_) -> None:
 def test_the_search_takes_the_lowest_loss_and_seeds_follow_at_that_rate(started, tmp_path):
     found = Family(list(recipes.RECIPES), tmp_path)
     assert zoo_family.train(found, 1, silent) == {}
-    searched = [f"{name}/lr-{rate:g}" for name in recipes.RECIPES for rate in RATES]
-    assert sorted(started) == sorted([*searched, *(f"jamba-micro/seed-{seed}" for seed in SEEDS[1:])])
-    assert started[-2:] == ["jamba-micro/seed-1", "jamba-micro/seed-2"]
+    assert started == [
+        *(f"jamba-micro/lr-{rate}" for rate in ("0.0015", "0.003", "0.0007")),
+        *(f"jamba-micro-rope/lr-{rate}" for rate in ("0.0015", "0.003", "0.0007", "0.00035")),
+        "jamba-micro/seed-1",
+        "jamba-micro/seed-2",
+    ]
     assert {name: found.chosen(name) for name in found.names} == {"jamba-micro": 1.5e-3, "jamba-micro-rope": 7e-4}
     outcome = json.loads((tmp_path / "jamba-micro" / "search.json").read_text())
     assert (outcome["chosen"], outcome["steps"]) == (1.5e-3, 40)
@@ -135,12 +138,35 @@ def test_the_search_takes_the_lowest_loss_and_seeds_follow_at_that_rate(started,
     assert (tmp_path / "jamba-micro-rope" / "seed-0").resolve() == tmp_path / "jamba-micro-rope" / "lr-0.0007"
 
 
+@pytest.mark.parametrize(
+    ("losses", "tried", "chosen"),
+    [
+        ([9, 9, 4, 3, 4, 9, 9], [7e-4, 1.5e-3, 3e-3], 1.5e-3),
+        ([9, 9, 9, 4, 3, 4, 9], [1.5e-3, 3e-3, 6e-3], 3e-3),
+        ([9, 9, 9, 4, 3, 2, 1], [1.5e-3, 3e-3, 6e-3, 1.2e-2], 1.2e-2),
+        ([9, 3, 4, 5, 6, 9, 9], [2e-4, 3.5e-4, 7e-4, 1.5e-3, 3e-3], 3.5e-4),
+        ([9, 9, 3, 3, 3, 9, 9], [3.5e-4, 7e-4, 1.5e-3, 3e-3], 7e-4),
+        ([9, 9, 3, None, None, 9, 9], [3.5e-4, 7e-4, 1.5e-3, 3e-3], 7e-4),
+        ([None] * 7, [2e-4, 3.5e-4, 7e-4, 1.5e-3, 3e-3], None),
+    ],
+    ids=["lower side", "upper side", "to the end", "far below", "equal", "both diverge", "all diverge"],
+)
+def test_the_search_goes_on_until_the_best_lies_between_worse_ones(tiny_recipes, tmp_path, losses, tried, chosen):
+    found = Family(["jamba-micro"], tmp_path)
+    for rate, loss in zip(zoo_family.RATES, losses, strict=True):
+        job = zoo_family.search_job("jamba-micro", tmp_path, rate)
+        kind = "failed" if loss is None else "finished"
+        found.states[job.directory] = jobs.State(kind=kind, step=40, held_out=loss)
+    assert [job.learning_rate for job in found.search("jamba-micro")] == tried
+    assert found.searched("jamba-micro") and found.chosen("jamba-micro") == chosen
+
+
 def test_what_is_over_is_not_trained_again(started, tmp_path):
     zoo_family.train(Family(["jamba-micro"], tmp_path), 1, silent)
     count = len(started)
     zoo_family.train(Family(["jamba-micro"], tmp_path), 1, silent)
     assert len(started) == count
-    assert "--snapshots" in zoo_family.search_jobs("jamba-micro", tmp_path)[0].arguments()
+    assert "--snapshots" in zoo_family.search_job("jamba-micro", tmp_path, 1e-3).arguments()
     assert "--snapshots" not in zoo_family.seed_jobs("jamba-micro", tmp_path, 1e-3)[0].arguments()
 
 
@@ -161,6 +187,7 @@ def test_a_run_that_lies_where_the_chosen_one_is_linked_is_kept(started, tmp_pat
 
 def test_a_search_that_fails_throughout_trains_no_seed(started, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo_family, "RATES", (3e-3,))
+    monkeypatch.setattr(zoo_family, "START", (3e-3,))
     found = Family(list(recipes.RECIPES), tmp_path)
     zoo_family.train(found, 2, silent)
     assert found.searched("jamba-micro") and found.chosen("jamba-micro") is None
@@ -174,7 +201,11 @@ def test_a_run_that_ends_otherwise_is_named_and_tried_again(started, tmp_path, m
         ("jamba-micro/lr-0.0015", f"ended with status 1; see {tmp_path / 'jamba-micro' / 'lr-0.0015' / 'train.log'}")
     ]
     assert started.count("jamba-micro/lr-0.0015") == 2
-    assert "jamba-micro/lr-0.003" in started and "jamba-micro/seed-1" not in started
+    assert (
+        "jamba-micro/lr-0.003" in started
+        and "jamba-micro/lr-0.0007" not in started
+        and "jamba-micro/seed-1" not in started
+    )
     monkeypatch.setitem(LOSSES, "jamba-micro/lr-0.0015", 3.2)
     assert zoo_family.train(Family(["jamba-micro"], tmp_path), 2, silent) == {}
     assert started[-1] == "jamba-micro/seed-2"
@@ -187,8 +218,8 @@ def test_recipes_named_first_come_first(started, tmp_path):
 
 def test_time_left_goes_by_tokens(started, tmp_path):
     assert Family(["jamba-micro"], tmp_path).minutes_left(1) is None
-    for job in zoo_family.search_jobs("jamba-micro", tmp_path)[:2]:
-        jobs.start(job, 1)  # 40 steps in a minute each
+    for rate in (7e-4, 1.5e-3):
+        jobs.start(zoo_family.search_job("jamba-micro", tmp_path, rate), 1)  # 40 steps in a minute each
     # The third run of the search and two seeds are left.
     assert Family(["jamba-micro"], tmp_path).minutes_left(2) == pytest.approx(3 / 2)
 
@@ -233,12 +264,12 @@ def test_the_command_lists_the_runs(started, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo_family, "train", lambda *_: pytest.fail("--dry-run trained"))
     if "family" not in {command.name for command in zoo_app.registered_commands}:
         zoo_app.command(name="family")(family_command.family)
-    jobs.start(zoo_family.search_jobs("jamba-micro", tmp_path)[0], 1)
+    jobs.start(zoo_family.search_job("jamba-micro", tmp_path, 1.5e-3), 1)
     result = CliRunner().invoke(app, ["zoo", "family", "jamba-micro", "--runs", str(tmp_path), "--dry-run"])
     assert result.exit_code == 0, result.output
-    assert re.search(r"jamba-micro/lr-0.0007 +0.0007 +40 of 40 +3.500 +1.0", result.output)
-    assert re.search(r"jamba-micro/lr-0.0015 +0.0015 +0 of 40", result.output)
-    assert "1 of 5 runs are over" in result.output
+    assert re.search(r"jamba-micro/lr-0.0015 +0.0015 +40 of 40 +3.200 +1.0", result.output)
+    assert re.search(r"jamba-micro/lr-0.003 +0.003 +0 of 40", result.output)
+    assert "1 of 4 runs are over" in result.output
 
 
 def test_the_command_tells_what_it_did(started, tmp_path):
@@ -251,14 +282,14 @@ def test_the_command_tells_what_it_did(started, tmp_path):
     assert "jamba-micro/lr-0.003: failed: learning_rate=0.003: the loss became nan at step 7" in result.stderr
     assert re.search(r"jamba-micro/seed-2 +0.0015 +40 of 40 +6.000 +1.0", result.stdout)
     assert re.search(r"jamba-micro/lr-0.0015 +0.0015 \* ", result.stdout)
-    assert "8 of 8 runs are over" in result.stdout
+    assert "9 of 9 runs are over" in result.stdout
 
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
 def test_what_runs_is_shown(started, tmp_path, terminal, monkeypatch):
     monkeypatch.setattr(family_command, "LINE_SECONDS", 0.0)
     found = Family(["jamba-micro"], tmp_path)
-    job = zoo_family.search_jobs("jamba-micro", tmp_path)[0]
+    job = zoo_family.search_job("jamba-micro", tmp_path, 1.5e-3)
     jobs.start(job, 1)
     found.look(job)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=90, highlight=False)
@@ -266,21 +297,22 @@ def test_what_runs_is_shown(started, tmp_path, terminal, monkeypatch):
         show([job], job, "begins")
         show([job], None, None)
     seen = console.file.getvalue()
-    assert "jamba-micro/lr-0.0007: begins" in seen
-    assert "1 of 5 runs over, 2 min left" in seen
+    assert "jamba-micro/lr-0.0015: begins" in seen
+    assert "1 of 4 runs over, 2 min left" in seen
     assert "40/40" in seen
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "RECIPES", two(steps=200))
     monkeypatch.setattr(zoo_family, "RATES", (1e-3,))
+    monkeypatch.setattr(zoo_family, "START", (1e-3,))
     monkeypatch.setattr(zoo_family, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(zoo_family, "cores", lambda: 1)  # the threads decide the last bits
     child = tmp_path / "child.py"
     (tmp_path / "recipes.pickle").write_bytes(pickle.dumps(recipes.RECIPES))
     child.write_text(CHILD)
     monkeypatch.setattr(jobs, "COMMAND", [sys.executable, str(child)])
-    (job,) = zoo_family.search_jobs("jamba-micro-rope", tmp_path)
+    job = zoo_family.search_job("jamba-micro-rope", tmp_path, 1e-3)
 
     def kill_later(running: list[Job], *_: object) -> None:
         if any(found.states[job.directory].step >= 5 for job in running):
