@@ -244,8 +244,8 @@ def main() -> None:
     _add_commands_of_other_floors()
     try:
         status = app(standalone_mode=False)
-    except (typer.Abort, KeyboardInterrupt) as e:
-        _fail("interrupted" + _notes(e), 130)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
     except JambascopeError as e:
         _fail(str(e) + _notes(e), 1)
     except BrokenPipeError:  # the reader of a pipe (head, say) has gone

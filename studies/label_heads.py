@@ -246,7 +246,8 @@ def _reading_of(spec: LabelSpec, rows: pd.DataFrame, recipe: str) -> str:
         f"{head_ablation.plural(len(seeds), 'seed')} of prompts) look at labels more than at matched tokens and than "
         f"an even spread would, on both halves of the prompts of every seed. The top {top} of the finding half, on "
         f"held-out prompts: {number(*labels[ENDS])} of the attention goes to labels (n = {labels.n}), "
-        f"{number(*matched[ENDS])} to matched tokens; the others give labels {number(*others[ENDS])}, and an even spread {even['mean']:.3f}. "
+        f"{number(*matched[ENDS])} to matched tokens; the others give labels {number(*others[ENDS])}, and an even "
+        f"spread {even['mean']:.3f}. "
         f"{'So there are label heads.' if looks else 'That is no preference for labels.'}"
     )
     if spec.untrained:
@@ -267,8 +268,8 @@ study = Study(
     question=__doc__,
     method="Few-shot reviews, of which the last waits for its label (the Jamba paper, arXiv 2403.19887, section 6 and "
     'figure 7, which gives neither threshold nor ablation). A head\'s number is the attention from the final ":" to '
-    "the labels of the examples, all together. Heads are ranked by it on one half of the prompts. On the other half the "
-    "top k are measured again, and taken away: what they read (z) is set, at every position, to its mean over the "
+    "the labels of the examples, all together. Heads are ranked by it on one half of the prompts. On the other half "
+    "the top k are measured again, and taken away: what they read (z) is set, at every position, to its mean over the "
     "finding half, or to zero.\n\n"
     "Label mass is the probability of all labels of the prompt together: whether the format is followed. Accuracy "
     "among the labels is how often the right one is the likeliest of them: whether the class is known.",

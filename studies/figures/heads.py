@@ -37,8 +37,8 @@ def score_map(
     """
     fig = go.Figure(
         go.Heatmap(
-            z=scores, zmin=0, zmax=limit, colorscale=AMOUNT, customdata=hover, hovertemplate="%{customdata}<extra></extra>", xgap=1, ygap=1,
-            colorbar=color_bar(unit),
+            z=scores, zmin=0, zmax=limit, colorscale=AMOUNT, customdata=hover, xgap=1, ygap=1,
+            hovertemplate="%{customdata}<extra></extra>", colorbar=color_bar(unit),
         )
     )  # fmt: skip
     for trace in _numbers(scores, limit) if scores.shape[1] <= 16 else ():
@@ -108,8 +108,9 @@ def _traces(
     down = [p.mean - p.low if k else 0 for p, k in zip(points, known, strict=True)]
     return [
         go.Scatter(
-            x=[counts.index(p.count) + aside + 0.08 for p in points for _ in p.sets], y=[v for p in points for v in p.sets],
-            mode="markers", marker={"color": color, "size": 6, "symbol": "circle-open"}, opacity=0.7,
+            x=[counts.index(p.count) + aside + 0.08 for p in points for _ in p.sets],
+            y=[v for p in points for v in p.sets],
+            mode="markers", marker={"color": color, "size": 6, "symbol": "circle-open"}, opacity=0.9,
             showlegend=False, hovertemplate="one random set: %{y:.3f}<extra></extra>", name=f"{heads}, single sets",
         ),
         go.Scatter(

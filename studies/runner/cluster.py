@@ -38,7 +38,7 @@ def measure(
         ConfigError: no Ray, or no cluster at the address.
         RunError: a cell whose workers died again and again. What a cell itself raises is raised here.
     """
-    ray = _ray()
+    ray = _ray(address)
     with _connected(ray, address):
         gpus = 1 if device is not None and device.startswith("cuda") else 0
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_measured)
@@ -77,22 +77,28 @@ def _result(ray: Any, done: Any, cell: Cell) -> tuple[Found, float]:
         ) from None
 
 
-def _ray() -> Any:
+def _ray(address: str) -> Any:
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--ray needs Ray, which is not installed: pip install 'jambascope[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address == LOCAL:
+        # A cluster listens on every interface, whatever address its node is given; without clusters, which Ray knows of
+        # other systems, on loopback alone. It is read when Ray is imported.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
+    if address == LOCAL and not ray.util.get_node_ip_address().startswith("127."):
+        raise ConfigError("--ray: Ray was imported before and would listen to the network; start a process of its own")
     return ray
 
 
 @contextmanager
 def _connected(ray: Any, address: str) -> Iterator[None]:
-    """A cluster of this machine's own, heard on loopback alone and ended after use; or one that runs."""
+    """A cluster of this machine's own that ends after use; or one that runs."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address == LOCAL:
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            ray.init(address="local", include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as e:

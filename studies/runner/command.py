@@ -9,6 +9,8 @@ import typer
 from typer.core import TyperCommand
 
 RUNS = Path("runs/studies")
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 WIDTH = 130
 """Columns of the tables where nobody's terminal says how many there are."""
 
@@ -178,8 +180,12 @@ def _carry_out(start: Any) -> None:
     from jambascope.studies.runner.run import read
 
     quiet_libraries()
-    with ExitStack() as stack:
-        done = start(lambda cells: stack.enter_context(show_progress(cells)))
+    try:
+        with ExitStack() as stack:
+            done = start(lambda cells: stack.enter_context(show_progress(cells)))
+    except KeyboardInterrupt as e:
+        typer.echo("; ".join(["jambascope: interrupted", *getattr(e, "__notes__", ())]), err=True)
+        raise typer.Exit(INTERRUPTED) from None
     _, asked, spec, rows = read(done.path)
     print_run(asked, spec, rows, _console())
     if not done.measured:

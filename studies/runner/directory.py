@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,9 +148,7 @@ class RunDirectory:
         rows = self._rows_of(i, cells[i])
         with _writing(self.path):
             rows.parent.mkdir(exist_ok=True)
-            if found.tensors:
-                write_tensors(rows.with_suffix(".safetensors"), _on_cpu(found.tensors))
-            about = {"cell": cells[i], "seconds": seconds, "tensors": sorted(found.tensors)}
+            about = {"cell": cells[i], "seconds": seconds} | _kept(rows.with_suffix(".safetensors"), found.tensors)
             write_table(rows, table.replace_schema_metadata({KEY: json.dumps(about)}))
 
     def read_cell(self, i: int, cell: Cell) -> tuple[pa.Table, dict[str, Any], dict[str, torch.Tensor]]:
@@ -164,7 +162,7 @@ class RunDirectory:
         table, about = _read(path, remedy)
         if about.get("cell") != cell:
             raise RunError(f"{path} holds another cell ({about.get('cell')}) than {cell}; {remedy}")
-        return table, about, _read_tensors(path.with_suffix(".safetensors"), about["tensors"], remedy)
+        return table, about, _read_tensors(path.with_suffix(".safetensors"), about, remedy)
 
     def _rows_of(self, i: int, cell: Cell) -> Path:
         digest = sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
@@ -180,11 +178,10 @@ class RunDirectory:
         """Make the results of the cells, all of which are finished."""
         found = [self.read_cell(i, cell) for i, cell in enumerate(cells)]
         tensors = {f"{i}/{name}": tensor for i, (_, _, own) in enumerate(found) for name, tensor in own.items()}
-        about = {"cells": [about for _, about, _ in found], "tensors": sorted(tensors)}
+        cells_about = [about for _, about, _ in found]
         table = pa.concat_tables([table for table, _, _ in found], promote_options="permissive")
         with _writing(self.path):
-            if tensors:
-                write_tensors(self.path / TENSORS, tensors)
+            about = {"cells": cells_about} | _kept(self.path / TENSORS, tensors)
             write_table(self.path / RESULTS, table.replace_schema_metadata({KEY: json.dumps(about)}))
 
     def discard_cells(self) -> None:
@@ -197,20 +194,23 @@ class RunDirectory:
         Raises:
             RunError: an unfinished run, or a damaged one.
         """
+        table, about = self._results()
+        if about["tensors"] and not (self.path / TENSORS).exists():
+            raise RunError(f"{self.path} has no {TENSORS}, though its results have tensors; {self._remedy}")
+        return table, about["cells"]
+
+    @property
+    def _remedy(self) -> str:
+        return f"move {self.path} away and run it anew with: {self.record['command']}"
+
+    def _results(self) -> tuple[pa.Table, dict[str, Any]]:
         if not self.done:
             raise RunError(f"{self.path} is not finished; go on with: jambascope study resume {self.path}")
-        remedy = f"move {self.path} away and run it anew with: {self.record['command']}"
-        table, about = _read(self.path / RESULTS, remedy)
-        if about["tensors"] and not (self.path / TENSORS).exists():
-            raise RunError(f"{self.path} has no {TENSORS}, though its results have tensors; {remedy}")
-        return table, about["cells"]
+        return _read(self.path / RESULTS, self._remedy)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, as CELL/NAME; errors as :meth:`results`."""
-        _, cells = self.results()
-        names = [f"{i}/{name}" for i, cell in enumerate(cells) for name in cell["tensors"]]
-        remedy = f"move {self.path} away and run it anew with: {self.record['command']}"
-        return _read_tensors(self.path / TENSORS, names, remedy)
+        return _read_tensors(self.path / TENSORS, self._results()[1], self._remedy)
 
     def write(self, name: str, writer: Any, value: Any) -> None:
         """Another file of the directory, by a function of ``jambascope.files``."""
@@ -236,24 +236,32 @@ def _read(path: Path, remedy: str) -> tuple[pa.Table, dict[str, Any]]:
         raise RunError(f"{path} is damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__}); {remedy}") from e
 
 
-def _read_tensors(path: Path, names: Sequence[str], remedy: str) -> dict[str, torch.Tensor]:
-    if not names:
+def _kept(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write tensors, where there are any; what is said about them beside the rows."""
+    if not tensors:
+        return {"tensors": [], "sha256": None}
+    # Cloned: safetensors takes no two tensors that share memory.
+    write_tensors(path, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()})
+    return {"tensors": sorted(tensors), "sha256": _digest(path)}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _read_tensors(path: Path, about: dict[str, Any], remedy: str) -> dict[str, torch.Tensor]:
+    if not about["tensors"]:
         return {}
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        if _digest(path) != about["sha256"]:
+            raise RunError(f"{path} is damaged (its sha256 is not what was written); {remedy}")
+        return load_file(path)
     except (OSError, SafetensorError) as e:
         raise RunError(f"{path} is damaged ({e}); {remedy}") from e
-    if sorted(tensors) != sorted(names):
-        raise RunError(f"{path} holds other tensors than {', '.join(names)}; {remedy}")
-    return tensors
-
-
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # Cloned: safetensors takes no two tensors that share memory.
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def table_of(study: str, cell: Cell, recipe: str, found: Found) -> pa.Table:
