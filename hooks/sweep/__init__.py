@@ -1,0 +1,39 @@
+"""Activation patching of every cell: ``patch_sweep``.
+
+from jambascope.hooks.sweep import Node, logit_difference, patch_sweep
+
+found = patch_sweep(model, clean, corrupted, logit_difference("Positive", "Negative"), ["resid_pre", "z", "ssm_state"])
+found.effects()["resid_pre"]     # [metric pair layer position]
+found.top(10)
+"""
+
+from jambascope.hooks.sweep.metrics import (
+    Metric,
+    Reference,
+    kl_divergence,
+    label_mass,
+    log_probability,
+    logit_difference,
+    probability,
+    rank,
+)
+from jambascope.hooks.sweep.nodes import Node, interventions, targets
+from jambascope.hooks.sweep.result import PatchSweep
+from jambascope.hooks.sweep.sweep import SweepError, patch_sweep
+
+__all__ = [
+    "Metric",
+    "Node",
+    "PatchSweep",
+    "Reference",
+    "SweepError",
+    "interventions",
+    "kl_divergence",
+    "label_mass",
+    "log_probability",
+    "logit_difference",
+    "patch_sweep",
+    "probability",
+    "rank",
+    "targets",
+]
