@@ -18,8 +18,8 @@ from jambascope.hooks.sweep.metrics import (
     rank,
 )
 from jambascope.hooks.sweep.nodes import Node, interventions, targets
-from jambascope.hooks.sweep.result import PatchSweep
-from jambascope.hooks.sweep.sweep import SweepError, patch_sweep
+from jambascope.hooks.sweep.result import PatchSweep, SweepError
+from jambascope.hooks.sweep.sweep import patch_sweep
 
 __all__ = [
     "Metric",

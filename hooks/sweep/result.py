@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import xarray as xr
 
+from jambascope.errors import InputError
 from jambascope.files import write_table
 
 LEAST_DIFFERENCE = 1e-3
@@ -77,3 +78,11 @@ class PatchSweep:
         table = self.table()
         table["position"] = table["position"].astype(str)
         write_table(Path(path), pa.Table.from_pandas(table, preserve_index=False))
+
+
+class SweepError(InputError):
+    """A metric that was not finite at some cell; ``result`` is what was known by then."""
+
+    def __init__(self, message: str, result: PatchSweep) -> None:
+        super().__init__(message)
+        self.result = result
