@@ -18,10 +18,12 @@ from jambascope.hooks.sweep.metrics import (
     rank,
 )
 from jambascope.hooks.sweep.nodes import Node, interventions, targets
-from jambascope.hooks.sweep.result import PatchSweep, SweepError
+from jambascope.hooks.sweep.paths import path_patch
+from jambascope.hooks.sweep.result import Effects, PatchSweep, SweepError
 from jambascope.hooks.sweep.sweep import patch_sweep
 
 __all__ = [
+    "Effects",
     "Metric",
     "Node",
     "PatchSweep",
@@ -33,6 +35,7 @@ __all__ = [
     "log_probability",
     "logit_difference",
     "patch_sweep",
+    "path_patch",
     "probability",
     "rank",
     "targets",
