@@ -43,6 +43,10 @@ class Effects:
         """The metrics of the runs whose values were put in."""
         return self.clean if self.direction == "denoise" else self.corrupted
 
+    def changes(self) -> dict[str, xr.DataArray]:
+        """``patched - base``, in the metrics' own units."""
+        return {name: values - self.base for name, values in self.values.items()}
+
     def effects(self, least_difference: float = LEAST_DIFFERENCE) -> dict[str, xr.DataArray]:
         """``(patched - base) / (source - base)``: 0 where a patch does nothing, 1 where it does what the whole source
         run would. NaN for pairs whose runs differ by less than ``least_difference``; ``values`` still has them."""
