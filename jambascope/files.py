@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,4 +28,13 @@ def write_table(path: Path, table: pa.Table) -> None:
 
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table, temporary)
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """As safetensors."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
     os.replace(temporary, path)
