@@ -54,19 +54,25 @@ class Block(nn.Module):
             stepped = self._step(x, run)
             if stepped is not None:
                 return stepped
-        x = self.hook_resid_pre(x)
+        return self.hook_resid_post(self.feed(self.mix(self.hook_resid_pre(x), run), run))
+
+    def mix(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """The first half: [B T D] -> [B T D]"""
         if self.is_attention:
             out = self.hook_attn_out(self.attn(self.ln1(x), run))
         else:
             out = self.hook_mixer_out(self.mixer(self.ln1(x), run))
         _note_activation(run, out)
-        x = x + out
-        if self.has_feed_forward:
-            x = self.hook_resid_mid(x)
-            out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
-            _note_activation(run, out)
-            x = x + out
-        return self.hook_resid_post(x)
+        return x + out
+
+    def feed(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """The second half, each position by itself: [B T D] -> [B T D], of whatever positions."""
+        if not self.has_feed_forward:
+            return x
+        x = self.hook_resid_mid(x)
+        out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
+        _note_activation(run, out)
+        return x + out
 
     def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:
         """One token through a Mamba-1 layer in one call, where ``decode`` can."""

@@ -5,6 +5,8 @@ One state can be edited in three ways, all written with the kinds of ``jambascop
 - persistent, component ``ssm_state``: the recurrence goes on from the changed state;
 - transient, component ``ssm_read``: one read-out sees the change, no later position does;
 - windowed: persistent at the first position, and :class:`PinState` to the states of the unedited run at the last.
+  What the convolution remembers of a patch with ``conv`` goes on for ``d_conv - 1`` positions, unless
+  ``mixer.hook_conv`` is patched, too.
 
 A layer also remembers the last ``d_conv - 1`` inputs of its convolution (``conv_state``). Patching the state alone
 leaves those of the run at hand; :class:`PinState` with ``conv`` patches both, so that the two can be told apart.

@@ -1,0 +1,220 @@
+"""Many cells patched in one pass: each row of a batch has a cell of its own.
+
+Axes as in the hook table; R row, A prompt of the source run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+
+from jambascope.devices import index_tensor
+from jambascope.hook_point import At, HookPoint, StateEdit
+from jambascope.hook_table import HookRow
+from jambascope.hooks.sweep.nodes import CONV, CONV_STATE, EXPERT_OUT, HEADS, ROUTE, STATE, Target
+from jambascope.hooks.sweep.recorded import Base, Recording
+from jambascope.state import Run
+
+if TYPE_CHECKING:
+    from jambascope.model import HookedJamba
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell of a prompt pair: what one row of a batch is patched with."""
+
+    pair: int
+    """The prompt of the base run."""
+    source: int
+    """The prompt of the source run."""
+    target: int
+    """Index among the targets."""
+    positions: tuple[int, ...]
+    """Ascending."""
+    unit: int
+    place: tuple[int, ...]
+    """Where its result belongs."""
+
+
+@dataclass
+class Entries:
+    """The patched positions of rows one by one."""
+
+    rows: Int[torch.Tensor, " entry"]
+    prompts: Int[torch.Tensor, " entry"]
+    """Of the source."""
+    pairs: Int[torch.Tensor, " entry"]
+    """Of the base."""
+    positions: list[int]
+    units: list[int]
+    batch: int
+    """Rows."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Entries:
+        each = [(i, row.source, row.pair, p, row.unit) for i, row in enumerate(rows) for p in row.positions]
+        at, sources, pairs, positions, units = zip(*each, strict=True)
+        tensors = (index_tensor(v, device) for v in (at, sources, pairs))
+        return cls(*tensors, list(positions), list(units), len(rows))
+
+
+def by_target(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
+    """Rows (sorted by target) of each target."""
+    return [(target, list(group)) for target, group in groupby(rows, key=lambda row: row.target)]
+
+
+def changed_stream(
+    model: HookedJamba, base: Base, source: Recording, target: Target, rows: Sequence[Row], start: int
+) -> Float[torch.Tensor, "R pos d_model"] | None:
+    """The stream after a layer whose rows are patched where only the patched positions of it change, so that the layer
+    itself need not run again; None where that is not so."""
+    device, layer = model.device, target.layer
+    point = target.tail.rsplit(".", 1)[-1]
+    kind = point if point in ("hook_resid_mid", "hook_resid_post", "hook_mlp_out") else None
+    kind = "hook_mixer_out" if point in ("hook_attn_out", "hook_mixer_out") else kind
+    kind = "hook_mlp_out" if target.tail == EXPERT_OUT else kind
+    if kind is None or target.node.channels:
+        return None
+    entries = Entries.of(rows, device)
+    pairs = index_tensor([row.pair for row in rows], device)
+    after = base.stream(layer + 1, pairs, start)
+    at = (entries.rows, index_tensor([p - start for p in entries.positions], device))
+    block = model.blocks[layer]
+    if kind == "hook_resid_post" or (kind == "hook_resid_mid" and not block.has_feed_forward):
+        after[at] = source.at(target.name, entries.prompts, entries.positions)
+        return after
+    if kind == "hook_mlp_out" or not block.has_feed_forward:
+        after[at] += _change(base, source, target, entries)
+        return after
+    if kind == "hook_resid_mid":
+        mid = source.at(target.name, entries.prompts, entries.positions)
+    else:
+        stream = base.stream(layer, pairs, start)[at]
+        mid = stream + source.at(target.name, entries.prompts, entries.positions)
+    after[at] = block.feed(mid[:, None], Run(len(mid), 1, device, None, None))[:, 0]
+    return after
+
+
+def _change(base: Base, source: Recording, target: Target, entries: Entries) -> Float[torch.Tensor, "entry d_model"]:
+    """What the patch adds to what the target's component had written."""
+    if target.tail != EXPERT_OUT:
+        new = source.at(target.name, entries.prompts, entries.positions)
+        return new - base.recording.at(target.name, entries.pairs, entries.positions)
+    units = index_tensor(entries.units, entries.rows.device)
+    addends = [
+        _expert_addends(recording, target.layer, prompts, entries.positions, units)
+        for recording, prompts in ((source, entries.prompts), (base.recording, entries.pairs))
+    ]
+    return addends[0] - addends[1]
+
+
+def _expert_addends(
+    recording: Recording, layer: int, prompts: torch.Tensor, positions: list[int], units: torch.Tensor
+) -> Float[torch.Tensor, "entry d_model"]:
+    points = [f"blocks.{layer}.{tail}" for tail in (EXPERT_OUT, ROUTE)]
+    out, chosen = (recording.at(name, prompts, positions) for name in points)
+    return (out * (chosen == units[:, None])[..., None]).sum(1)
+
+
+def patch_hooks(
+    model: HookedJamba,
+    base: Base,
+    source: Recording,
+    target: Target,
+    rows: Sequence[Row],
+) -> list[tuple[str, Callable]]:
+    """Hooks that patch the rows of a batch, each with its own cell of one target."""
+    entries = Entries.of(rows, model.device)
+    if target.tail != STATE:
+        return [(target.name, _put(source, target, entries, target.row))]
+    ends = _entries_after(base, target, rows, 1, model.device)
+    hooks = [(target.name, _state_edit(base, source, target, entries, ends))]
+    if target.node.conv:
+        row = model.hook_rows[f"blocks.{target.layer}.{CONV_STATE}"]
+        hooks.append((row.name.format(L=target.layer), _put(source, target, entries, row)))
+        # What the convolution still remembers of the patch does not reach beyond the window.
+        rest = (
+            _entries_after(base, target, rows, model.config.d_conv - target.node.window, model.device) if ends else None
+        )
+        if rest:
+            row = model.hook_rows[f"blocks.{target.layer}.{CONV}"]
+            hooks.append((row.name.format(L=target.layer), _put(base.recording, target, rest, row)))
+    return hooks
+
+
+def _put(source: Recording, target: Target, entries: Entries, row: HookRow) -> At:
+    """A hook that puts the values of a hook point of the target's layer in, each entry in its row."""
+    name, axis, axes, unit = row.name.format(L=target.layer), target.axis, row.axes, None
+    value = source.values[name]
+    if target.tail == STATE and row != target.row:
+        axes = (*axes[:-1], "E")  # of Mamba-2 the convolution is wider: the channels of the state are its first
+    if target.node.channels:
+        size, last = target.node.channels, target.width - 1
+        groups = [[min(u * size + i, last) for i in range(size)] for u in entries.units]
+        unit = index_tensor([c for group in groups for c in group], value.device).view(-1, size)
+    elif axis in (*HEADS, "H2", "X"):
+        unit = index_tensor(entries.units, value.device)
+
+    def index(rows: torch.Tensor, places: Sequence[int]) -> tuple:
+        found = {"B": rows, "T": index_tensor(places, value.device)}
+        if unit is not None and unit.ndim == 2:
+            found = {axis: i[:, None] for axis, i in found.items()}
+        if unit is not None:
+            found[axis] = unit
+        return tuple(found.get(a, slice(None)) for a in axes)
+
+    new = value[index(entries.prompts, source.places(name, entries.positions))]
+
+    def put(part: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+        where = {p: i for i, p in enumerate(hook.positions)}
+        part = part.clone()
+        part[index(entries.rows, [where[p] for p in entries.positions])] = new
+        return part
+
+    return At(sorted(set(entries.positions)), put)
+
+
+def _state_edit(base: Base, source: Recording, target: Target, entries: Entries, ends: Entries | None) -> StateEdit:
+    """The states of cells put in by the scan itself; those of the base put back where their windows end."""
+    parts = [(source, entries.prompts, entries)]
+    if ends:
+        parts.append((base.recording, ends.prompts, ends))
+    positions = sorted({p for _, _, e in parts for p in e.positions})
+    where = {p: i for i, p in enumerate(positions)}
+    like = source.values[target.name]
+    batch, n_channels, n_states = entries.batch, like.shape[1], like.shape[3]
+    scale = like.new_ones(batch, n_channels, len(positions), 1)
+    shift = like.new_zeros(batch, n_channels, len(positions), n_states)
+    for recording, prompts, e in parts:
+        places = index_tensor(recording.places(target.name, e.positions), like.device)
+        at = index_tensor([where[p] for p in e.positions], like.device)
+        new = recording.values[target.name][prompts, :, places]  # [entry E N]
+        mine = like.new_ones(len(new), n_channels, dtype=torch.bool)
+        if target.node.channels:
+            units = torch.arange(n_channels, device=like.device) // target.node.channels
+            mine = units[None] == index_tensor(e.units, like.device)[:, None]
+        scale[e.rows, :, at] = torch.where(mine[..., None], 0.0, scale[e.rows, :, at])
+        shift[e.rows, :, at] = torch.where(mine[..., None], new, shift[e.rows, :, at])
+    return StateEdit(positions, scale, shift)
+
+
+def _entries_after(base: Base, target: Target, rows: Sequence[Row], n: int, device: torch.device) -> Entries | None:
+    """The ``n`` positions that follow the windows of rows, where they lie within the prompt; values are the base's."""
+    if target.node.window is None:
+        return None
+    each = [
+        (i, row.pair, end, row.unit)
+        for i, row in enumerate(rows)
+        for end in range(row.positions[-1] + target.node.window, row.positions[-1] + target.node.window + n)
+        if end < base.length
+    ]
+    if not each:
+        return None
+    at, pairs, positions, units = zip(*each, strict=True)
+    prompts = index_tensor(pairs, device)
+    return Entries(index_tensor(at, device), prompts, prompts, list(positions), list(units), len(rows))

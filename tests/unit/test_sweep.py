@@ -1,0 +1,288 @@
+"""The sweep against the loop that it stands for: every cell as interventions of a run of its own."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from jambascope import HookedJamba, JambaConfig
+from jambascope.errors import HookError, InputError
+from jambascope.hook_table import hook_rows
+from jambascope.hooks import run
+from jambascope.hooks.sweep import (
+    Metric,
+    Node,
+    SweepError,
+    batches,
+    interventions,
+    kl_divergence,
+    logit_difference,
+    patch_sweep,
+    targets,
+)
+from jambascope.hooks.sweep.engine import Engine
+from jambascope.initialization import initialize
+
+LENGTH = 6
+DIFFERENCE = logit_difference(5, [6, 7])
+
+
+def pairs(seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two pairs that differ from the first token, and from the third."""
+    tokens = torch.randint(3, 29, (2, 2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    tokens[1, 1, :2] = tokens[0, 1, :2]
+    return tokens[0], tokens[1]
+
+
+def read(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, -1, 5] - torch.stack((logits[0, -1, 6], logits[1, -1, 7]))
+
+
+def naive(model, node, positions, direction="denoise", metric=read):
+    """[pair layer position unit], NaN in layers that lack the node."""
+    clean, corrupted = pairs()
+    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    names = [name for name, row in model.hook_rows.items() if name.startswith("blocks.")]
+    cached = [model.run_with_cache(tokens, names_filter=names)[1] for tokens in (source, base)]
+    found = targets(model, node)
+    values = np.full((2, model.config.n_layers, len(positions), max(t.units for t in found)), np.nan)
+    for target in found:
+        for (i, cell), unit in itertools.product(enumerate(positions), range(target.units)):
+            patched = run(model, base, interventions(model, target, cell, unit, *cached)).logits
+            values[:, target.layer, i, unit] = metric(patched).detach().numpy()
+    return values
+
+
+def swept(model, node, positions, **options) -> np.ndarray:
+    found = patch_sweep(model, *pairs(), DIFFERENCE, node, positions=positions, progress=False, **options)
+    assert found.complete
+    (values,) = found.values.values()
+    return values.sel(metric="logit_difference").values.reshape(2, model.config.n_layers, len(positions), -1)
+
+
+def close(a: np.ndarray, b: np.ndarray, rtol: float = 1e-9) -> None:
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+
+
+def tails(model: HookedJamba) -> list[str]:
+    rows = {row.name.removeprefix("blocks.{L}.") for row in hook_rows(model.config).values() if row.name[0] == "b"}
+    return sorted(rows - {"mlp.router.hook_expert_indices"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "direction"), [("hybrid", "denoise"), ("mamba2", "noise"), ("one-slot", "noise")], ids=lambda v: v
+)
+def test_every_hook_point_is_patched_as_the_loop_does(kind, direction, model_of_kind, monkeypatch):
+    monkeypatch.setattr(batches, "WIDEST", 2)
+    model, cells = model_of_kind(kind), [(0,), (3,), (4,)]
+    for tail in tails(model):
+        expected = naive(model, tail, cells, direction)
+        found = swept(model, tail, cells, direction=direction)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=tail)
+
+
+NODES = {
+    "state and conv": Node("ssm_state", conv=True),
+    "window of 1": Node("ssm_state", window=1),
+    "window of 2 with conv": Node("ssm_state", window=2, conv=True),
+    "groups of state channels": Node("ssm_state", channels=12, conv=True),
+    "window of groups": Node("ssm_state", channels=12, window=2),
+    "groups of one read-out": Node("ssm_read", channels=5),
+    "groups of the stream": Node("resid_pre", channels=6),
+    "groups of y": Node("y", channels=32),
+    "all heads together": Node("z", by=None),
+    "router weight by expert": Node("expert_weights", by="expert"),
+    "dt": "dt",
+}
+
+
+@pytest.mark.parametrize("node", NODES.values(), ids=list(NODES))
+@pytest.mark.parametrize("kind", ["hybrid", "mamba2"])
+def test_every_kind_of_node_is_patched_as_the_loop_does(kind, node, model_of_kind):
+    model, cells = model_of_kind(kind), [(1,), (4,), (5,)]
+    close(swept(model, node, cells), naive(model, node, cells))
+
+
+@pytest.mark.parametrize("node", ["resid_pre", "mlp_out", "z", "pattern", "ssm_state", "expert_out", "x"])
+@pytest.mark.parametrize("together", [[(0, 1, 2, 3, 4, 5)], [(1, 3), (2,), (4, 5)]], ids=["all", "some"])
+def test_positions_patched_together(node, together, model_of_kind):
+    model = model_of_kind("hybrid")
+    given = "all" if len(together) == 1 else [p if len(p) > 1 else p[0] - LENGTH for p in together]
+    found = patch_sweep(model, *pairs(), DIFFERENCE, node, positions=given, progress=False)
+    (values,) = found.values.values()
+    close(values.values[0].reshape(2, 4, len(together), -1), naive(model, node, together))
+    assert values.position.values.tolist() == (["0..5"] if given == "all" else ["(1, 3)", "2", "4..5"])
+
+
+@pytest.mark.parametrize("kind", ["attention", "no-attention", "no-moe"])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_other_models_and_other_batches(kind, width, model_of_kind, monkeypatch):
+    monkeypatch.setattr(batches, "WIDEST", width)
+    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 8 * width)
+    model, cells = model_of_kind(kind), [(p,) for p in range(LENGTH)]
+    for node in ("resid_pre", "resid_mid", "resid_post") if kind != "no-attention" else ("resid_pre", "ssm_state"):
+        close(swept(model, node, None or [c[0] for c in cells]), naive(model, node, cells))
+
+
+@pytest.mark.parametrize("fields", [dict(rotary=True), dict(d_conv=1), dict(inner_norms=False)], ids=str)
+def test_models_with_one_thing_changed(fields):
+    torch.manual_seed(1)
+    shape = dict(d_model=16, d_vocab=29, n_heads=2, n_key_value_heads=1, d_head=8, d_mlp=12, num_experts=1, d_state=1)
+    mixers = ("mamba", "attention", "mamba")
+    model = HookedJamba(
+        JambaConfig(mixers=mixers, feed_forwards=("dense",) * 3, d_inner=16, **shape, **fields), dtype="float64"
+    )
+    initialize(model, std=0.3)
+    for node in ("resid_pre", "k", "ssm_state"):
+        close(swept(model, node, range(LENGTH)), naive(model, node, [(p,) for p in range(LENGTH)]))
+
+
+def test_in_float32_it_is_as_near_as_the_loop(small_model):
+    truth, cells = HookedJamba(small_model.config, dtype="float64"), [(p,) for p in range(LENGTH)]
+    truth.load_state_dict(small_model.state_dict())
+    exact = naive(truth, "resid_pre", cells)
+    off = [
+        np.abs(values - exact).max()
+        for values in (swept(small_model, "resid_pre", range(6)), naive(small_model, "resid_pre", cells))
+    ]
+    assert off[0] <= 2 * off[1] + 1e-6
+
+
+def test_what_comes_before_the_first_difference_or_after_the_last_reading_costs_nothing(model_of_kind, monkeypatch):
+    model = model_of_kind("hybrid")
+    clean, corrupted = pairs()
+    tokens = []
+    original = Engine.logits
+    monkeypatch.setattr(Engine, "logits", lambda self, rows, start: tokens.extend(rows) or original(self, rows, start))
+    metric = logit_difference(5, 6, position=4)
+    found = patch_sweep(model, clean[1:], corrupted[1:], metric, progress=False)
+    assert sorted({row.positions[0] for row in tokens}) == [2, 3, 4]
+    still = found.values["resid_pre"].sel(position=[0, 1, 5]).values
+    assert np.array_equal(still, np.broadcast_to(found.base.values[..., None, None], still.shape))
+    assert (found.effects()["resid_pre"].sel(position=[0, 1, 5]) == 0).all()
+
+
+def test_reading_several_positions_and_metrics(model_of_kind):
+    model, (clean, corrupted) = model_of_kind("hybrid"), pairs()
+
+    def late(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 0, 3]
+
+    spread = Metric("spread", lambda logits, at: logits[:, 0, 3] - at.rows(at.clean)[:, 1, 4], positions=(1, 3))
+    found = patch_sweep(model, clean, corrupted, [late, spread, kl_divergence(2)], "mlp_out", progress=False)
+    assert found.clean.metric.values.tolist() == ["late", "spread", "kl_divergence"]
+    reference = model(clean)
+    expected = naive(
+        model, "mlp_out", [(p,) for p in range(6)], metric=lambda logits: logits[:, 1, 3] - reference[:, 3, 4]
+    )[..., 0]
+    close(found.values["mlp_out"].sel(metric="spread").values, expected)
+    clean_log, corrupted_log = (logits[:, 2].log_softmax(-1) for logits in (reference, model(corrupted)))
+    close(
+        found.corrupted.sel(metric="kl_divergence").values,
+        ((clean_log.exp() * (clean_log - corrupted_log)).sum(-1)).detach().numpy(),
+    )
+
+
+def test_little_memory_gives_the_same(model_of_kind):
+    model = model_of_kind("hybrid")
+    options = dict(nodes=["ssm_state", "resid_pre"], positions=None, progress=False)
+    whole = patch_sweep(model, *pairs(), DIFFERENCE, **options)
+    size = 2 * LENGTH * 32 * 4 * 8  # of the states of a layer
+    little = patch_sweep(model, *pairs(), DIFFERENCE, **options, max_bytes=2 * size)
+    for name in whole.values:
+        close(whole.values[name].values, little.values[name].values)
+    with pytest.raises(InputError, match="hook_ssm_state alone are .* give fewer positions"):
+        patch_sweep(model, *pairs(), DIFFERENCE, **options, max_bytes=size)
+
+
+def test_a_whole_patch_is_one_and_a_pair_that_does_not_differ_has_no_share(model_of_kind):
+    model, (clean, corrupted) = model_of_kind("hybrid"), pairs()
+    clean, corrupted = torch.cat((clean, clean[:1])), torch.cat((corrupted, clean[:1]))
+    found = patch_sweep(model, clean, corrupted, logit_difference(5, 6), positions="all", progress=False)
+    effects = found.effects()["resid_pre"]
+    assert np.allclose(effects.sel(layer=0, pair=[0, 1]), 1) and np.isnan(effects.sel(pair=2)).all()
+    table = found.table()
+    assert len(table) == 12 and table["effect"].isna().sum() == 4 and table["value"].notna().all()
+    assert found.top(3)["effect"].abs().is_monotonic_decreasing
+
+
+def test_stopped_it_keeps_what_is_done(model_of_kind, monkeypatch, tmp_path):
+    model = model_of_kind("hybrid")
+    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    seen = []
+
+    def stop(share, result):
+        seen.append(share)
+        return len(seen) < 4
+
+    found = patch_sweep(model, *pairs(), DIFFERENCE, progress=stop)
+    assert not found.complete and seen == sorted(seen) and 0 < seen[-1] < 1
+    done = found.values["resid_pre"].notnull()
+    assert done.any() and not done.all()
+    found.save(tmp_path / "cells.parquet")
+    original, calls = Engine.logits, []
+
+    def interrupt(self, rows, start):
+        calls.append(start)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, rows, start)
+
+    monkeypatch.setattr(Engine, "logits", interrupt)
+    found = patch_sweep(model, *pairs(), DIFFERENCE, progress=False)
+    assert not found.complete and found.values["resid_pre"].notnull().any()
+
+
+def test_a_metric_that_fails_at_a_cell_keeps_what_is_done(model_of_kind, monkeypatch):
+    model, calls = model_of_kind("hybrid"), []
+    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+
+    def odd(logits: torch.Tensor) -> torch.Tensor:
+        calls.append(len(logits))
+        return logits[:, 0, 5] * (float("nan") if len(calls) == 6 else 1.0)
+
+    with pytest.raises(SweepError, match=r"odd is nan where blocks.*hook_resid_pre at \(\d,\) of pair") as error:
+        patch_sweep(model, *pairs(), odd, progress=False)
+    assert error.value.result.values["resid_pre"].notnull().any()
+
+
+CLEAN = torch.arange(3, 9)
+REFUSED = {
+    "lengths": (dict(corrupted=CLEAN[:5]), "clean has 1 x 6 tokens and corrupted 1 x 5 tokens"),
+    "direction": (dict(direction="up"), "direction='up' must be 'denoise' or 'noise'"),
+    "node": (dict(nodes="resid_prr"), "the nearest are"),
+    "layer without": (dict(nodes="ssm_state", layers=[1]), "layer=1: layer 1 is an attention layer"),
+    "route": (dict(nodes="expert_indices"), "patch router_logits or expert_weights"),
+    "window": (dict(nodes=Node("resid_pre", window=2)), "window and conv are of ssm_state"),
+    "channels": (dict(nodes=Node("z", channels=2)), "has no channels to group"),
+    "no heads": (dict(nodes=Node("resid_pre", by="head")), "has no heads"),
+    "no layer": (dict(nodes="logits"), "belongs to no layer"),
+    "twice": (dict(nodes=["z", "z"]), "'z' is given twice"),
+    "no node": (dict(nodes=[]), "patches nothing"),
+    "position": (dict(positions=[6]), "6 is not in a prompt of 6 tokens"),
+    "positions": (dict(positions=[(1, 1)]), "names nothing, or something twice"),
+    "token": (dict(metric=logit_difference(5, 99)), "wrong=99: 99 is no token; ids run from 0 to 28"),
+    "tokens": (dict(metric=logit_difference([5, 6], 7)), "one for each of the 1 prompt pairs"),
+    "metric": (dict(metric=3), "must be a Metric, a function of logits"),
+    "names": (dict(metric=[DIFFERENCE, DIFFERENCE]), "two are called 'logit_difference'"),
+    "nan": (dict(metric=lambda logits: logits[:, 0, 0] * float("nan")), "is nan in the clean run of pair 0"),
+    "shape": (dict(metric=lambda logits: logits[0, 0, 0]), r"gave \(\) for 1 rows"),
+    "read": (dict(metric=logit_difference(5, 6, position=9)), "9 is not in a prompt of 6 tokens"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_what_cannot_be_is_refused(change, message, model_of_kind):
+    given = dict(clean=CLEAN, corrupted=CLEAN.flip(0), metric=logit_difference(5, 6), nodes="resid_pre", progress=False)
+    given |= change
+    with pytest.raises((InputError, HookError), match=message):
+        patch_sweep(model_of_kind("hybrid"), **given)
+
+
+def test_hooks_that_are_attached_are_not_forgotten(model_of_kind):
+    model = model_of_kind("hybrid")
+    with model.hooks([("hook_embed", lambda value, hook: None)]), pytest.raises(InputError, match="has hooks attached"):
+        patch_sweep(model, *pairs(), DIFFERENCE, progress=False)
