@@ -61,8 +61,8 @@ def test_the_built_induction_head_is_found_and_matters(built_rows):
     effect = one(summary, measure=induction_heads.SECOND, heads="found")
     less = one(summary, measure=induction_heads.SECOND, heads="found less random")
     assert effect.low > 0.05 and less.low > 0.05
-    before = one(summary, measure=induction_heads.FIRST, heads="found")
-    assert before.high < 0  # what it copies before the repetition is wrong
+    before = one(summary, measure=induction_heads.FIRST, heads="found less random")
+    assert abs(before["mean"]) < less["mean"] / 4
 
 
 def test_the_reading_says_what_was_found_and_with_what_certainty(built_rows):
@@ -111,12 +111,16 @@ def test_more_heads_than_can_be_compared_are_refused(built, k, message):
         head_ablation.check_counts(built.config, k)
 
 
-def test_a_model_without_heads_is_refused_before_it_is_opened(model_of_kind, tmp_path):
+def test_a_model_without_heads_or_text_is_refused_before_it_is_opened(model_of_kind, tmp_path):
     model_of_kind("no-attention").float().save_pretrained(tmp_path / "mamba")
     for name in ("induction_heads", "label_heads"):
         spec = make_spec(name, load(name).spec, {"models": str(tmp_path / "mamba")})
         with pytest.raises(ConfigError, match=f"{name} of .*: it has no attention layers"):
             running.run(name, spec, tmp_path / "runs")
+    model_of_kind("attention").float().save_pretrained(tmp_path / "attention")
+    spec = make_spec("label_heads", label_heads.LabelSpec, {"models": str(tmp_path / "attention")})
+    with pytest.raises(InputError, match="label_heads of .*: it has no tokenizer"):
+        running.run("label_heads", spec, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
