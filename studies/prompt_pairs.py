@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from jaxtyping import Int
 from jambascope.errors import InputError
 from jambascope.hooks.sweep.question import prompt_pairs
 from jambascope.studies.prompts import check_tokenizer
-from jambascope.zoo.documents import Split, pair, pick
+from jambascope.zoo.documents import pair, pick
 from jambascope.zoo.reviews import HELD_OUT_KINDS, label_words
-from jambascope.zoo.words import NAMES, SENTIMENTS, THINGS, TOPICS, VOCABULARY
+from jambascope.zoo.words import LABEL_PAIRS, NAMES, SENTIMENTS, THINGS, TOPICS, VOCABULARY
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -77,16 +77,14 @@ def review_pairs(model: HookedJamba, pairs: int, shots: int, filler: int, swap: 
             examples change places.
 
     Raises:
-        InputError: as ``check_tokenizer``; a tokenizer that gives too few pairs of one layout; too few shots.
+        InputError: as ``check_tokenizer``; a tokenizer that gives too few pairs of one layout.
     """
     check_tokenizer(model.tokenizer)
-    if shots < 2:
-        raise InputError(f"shots={shots} must be at least 2: each of both labels is shown")
-    packaged = model.tokenizer.get_vocab() == VOCABULARY
+    words = _Vocabulary.of(model.tokenizer)
     rng = np.random.default_rng([seed, shots])
     found: dict[tuple[str, ...], list[tuple[list[int], list[int], int, int]]] = {}
     for _ in range(ATTEMPTS * pairs):
-        halves = [_tokenized(model, words, packaged) for words in _draw(rng, shots, filler, swap, packaged)]
+        halves = [_tokenized(model, half, words.packaged) for half in _draw(rng, words, shots, filler, swap)]
         if any(half is None for half in halves):
             continue
         (clean, roles, answer), (corrupted, others, wrong) = halves
@@ -106,27 +104,74 @@ def review_pairs(model: HookedJamba, pairs: int, shots: int, filler: int, swap: 
     return PromptPairs(torch.tensor(clean), torch.tensor(corrupted), answers, wrong, groups)
 
 
-def _draw(rng: np.random.Generator, shots: int, filler: int, swap: Swap, packaged: bool) -> tuple[_Words, _Words]:
+class _Vocabulary(NamedTuple):
+    """Words that a tokenizer cuts into equally many tokens within each list."""
+
+    topics: list[str]
+    sentiments: tuple[list[str], list[str]]
+    names: list[str]
+    things: list[str]
+    labels: list[tuple[str, str]]
+    """As (praise, blame)."""
+    packaged: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> _Vocabulary:
+        def ids(word: str) -> list[int]:
+            return tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+
+        def alike(*lists: Sequence[str]) -> list[list[str]]:
+            """Of each list the words of one length, that which leaves most of the list that it leaves fewest of."""
+            lengths = [[len(ids(word)) for word in words] for words in lists]
+            best = max(set(lengths[0]), key=lambda length: min(own.count(length) for own in lengths))
+            pairs = zip(lists, lengths, strict=True)
+            return [[word for word, n in zip(words, own, strict=True) if n == best] for words, own in pairs]
+
+        cut = [(both, *map(ids, both)) for both in LABEL_PAIRS]
+        equal = [both for both, a, b in cut if len(a) == len(b) and a[0] != b[0]]
+        (praise,) = alike([both[0] for both in equal]) if equal else ([],)
+        (topics,), sentiments, (names,), (things,) = alike(TOPICS), alike(*SENTIMENTS), alike(NAMES), alike(THINGS)
+        packaged = tokenizer.get_vocab() == VOCABULARY
+        labels = [both for both in equal if both[0] in praise]
+        found = cls(topics, (sentiments[0], sentiments[1]), names, things, labels, packaged)
+        if not all(sentiments) or not labels or len(found.names) < 2:
+            raise InputError(
+                "its tokenizer cuts the words of reviews too differently for pairs that agree token by token; give "
+                "clean=..., corrupted=..., answer=... and wrong=..."
+            )
+        return found
+
+    def review(self, rng: np.random.Generator, class_: int) -> tuple[str, str]:
+        """Topic and sentiment word; in combinations that the packaged models have not seen."""
+        lists = self.topics, self.sentiments[class_]
+        return pair(rng, *lists, "held_out") if self.packaged else (pick(rng, lists[0]), pick(rng, lists[1]))
+
+    def label_words(self, rng: np.random.Generator) -> tuple[str, ...]:
+        if self.packaged:
+            return label_words(rng, pick(rng, HELD_OUT_KINDS), 2, "held_out")
+        return pick(rng, self.labels)
+
+    def sentence(self, rng: np.random.Generator) -> list[str]:
+        """Of one form, so that all are of one length."""
+        giver, taker = (self.names[i] for i in rng.choice(len(self.names), 2, replace=False))
+        return [giver, "gave", "the", pick(rng, self.things), "to", taker, "."]
+
+
+def _draw(
+    rng: np.random.Generator, vocabulary: _Vocabulary, shots: int, filler: int, swap: Swap
+) -> tuple[_Words, _Words]:
     """The clean half and the corrupted one."""
-    split: Split = "held_out" if packaged else "train"
-    kind = pick(rng, HELD_OUT_KINDS) if packaged else "natural"
-    labels = label_words(rng, kind, 2, split)
+    labels = vocabulary.label_words(rng)
     classes = [*rng.permutation(([0, 1] * shots)[:shots]).tolist(), int(rng.integers(2))]
-    drawn = [pair(rng, TOPICS, SENTIMENTS[c], split) for c in classes]
+    drawn = [vocabulary.review(rng, c) for c in classes]
     other = 1 - classes[-1]
-    last = (drawn[-1][0], pick(rng, SENTIMENTS[other]) if swap == "word" else drawn[-1][1])
+    last = (drawn[-1][0], pick(rng, vocabulary.sentiments[other])) if swap == "word" else drawn[-1]
     shown = labels[::-1] if swap == "labels" else labels
-    between = [[word for _ in range(filler) for word in _sentence(rng, split)] for _ in classes]
+    between = [[word for _ in range(filler) for word in vocabulary.sentence(rng)] for _ in classes]
     return (
         _words(drawn, between, [labels[c] for c in classes]),
         _words([*drawn[:-1], last], between, [*(shown[c] for c in classes[:-1]), labels[other]]),
     )
-
-
-def _sentence(rng: np.random.Generator, split: Split) -> list[str]:
-    """Of one form, so that all are of one length."""
-    giver, taker = pair(rng, NAMES, NAMES, split)
-    return [giver, "gave", "the", pick(rng, THINGS), "to", taker, "."]
 
 
 def _words(drawn: Sequence[tuple[str, str]], between: Sequence[Sequence[str]], labels: Sequence[str]) -> _Words:
@@ -192,7 +237,11 @@ def given_pairs(model: HookedJamba, clean: str, corrupted: str, answer: str, wro
 def _one_token(model: HookedJamba, field: str, text: str) -> int:
     for variant in (" " + text.strip(), text.strip()):
         try:
-            return model.to_single_token(variant)
+            token = model.to_single_token(variant)
         except InputError as e:
-            failed = e
+            failed: object = e
+            continue
+        if token < model.config.d_vocab:
+            return token
+        failed = f"ids run from 0 to {model.config.d_vocab - 1}"
     raise InputError(f"{field}={text!r}: {failed}")

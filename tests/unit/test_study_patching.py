@@ -1,0 +1,231 @@
+"""The study of activation patching finds the path that was built in, tells it from chance, and checks its prompts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from jambascope import HookedJamba
+from jambascope.errors import ConfigError, InputError
+from jambascope.studies import activation_patching as patching
+from jambascope.studies import patching_report as report
+from jambascope.studies.prompt_pairs import given_pairs, review_pairs
+from jambascope.studies.runner import run as running
+from jambascope.studies.runner.directory import table_of
+from jambascope.studies.runner.spec import make_spec
+from jambascope.studies.runner.summary import one, summarize
+from jambascope.studies.significance import holm, sign_flip_p
+from jambascope.zoo.words import SENTIMENTS, VOCABULARY
+
+
+def spec_of(**values) -> patching.PatchingSpec:
+    return make_spec("activation_patching", patching.PatchingSpec, values)
+
+
+def rows_of(spec, model, name="built"):
+    """The rows of all cells of one model, without a directory."""
+    tables = [
+        table_of("activation_patching", cell, name, patching.measure(spec, cell, model)).to_pandas()
+        for cell in patching.cells(spec)
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def micro() -> HookedJamba:
+    return HookedJamba.from_pretrained("jamba-micro")
+
+
+@pytest.fixture(scope="module")
+def built_rows(built):
+    """Pairs of "a b c a" whose b differs: head 0 of the built model says b."""
+    texts = [(f"1 {a} {b} {c} {a}", f"1 {a} {d} {c} {a}", b, d) for a, b, c, d in
+             ((4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15), (16, 17, 18, 19), (20, 21, 22, 23), (5, 7, 9, 11),
+              (6, 8, 10, 12), (13, 16, 19, 22))]  # fmt: skip
+    clean, corrupted, answer, wrong = ("|".join(map(str, column)) for column in zip(*texts, strict=True))
+    spec = spec_of(clean=clean, corrupted=corrupted, answer=answer, wrong=wrong, k=1, draws=40, least_difference=0.01)
+    return spec, rows_of(spec, built)
+
+
+# -- what is found -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize(
+    "component, layer, unit, position", [("resid_pre", 1, 0, 2), ("attn_out", 1, 0, 4), ("z", 1, 0, 4)]
+)
+def test_the_built_path_is_found_and_confirmed(built_rows, direction, component, layer, unit, position):
+    """The swapped token's place carries it to the attention layer; there head 0 moves it to the end."""
+    spec, rows = built_rows
+    found = report._found(rows)
+    (row,) = found[(found.direction == direction) & (found.component == component)].to_dict("records")
+    assert (row["layer"], row["unit"], row["group"].split()[0]) == (layer, unit, str(position))
+    assert row["confirmed"] == "yes" or row["p"] == 2 / 2 ** row["n"]  # the least that so few pairs can give
+    assert row["low"] > 0.5 and row["n"] == 4
+    summary = summarize(rows, report.HEADLINE, report.BY)
+    top, less = (
+        one(summary, direction=direction, component=component, cells=c) for c in ("found", "found less random")
+    )
+    assert top.n == 4 and top.low > 0.5 and less.low > 0.3
+
+
+def test_what_does_nothing_is_not_found(built_rows):
+    """What the Mamba layer writes behind the swapped token is for queries that do not come."""
+    _, rows = built_rows
+    summary = summarize(rows, [report.EFFECT], report.BY)
+    for component in ("mixer_out", "ssm_state"):
+        assert abs(one(summary, direction="denoise", component=component, cells="found")["mean"]) < 0.2
+    before = rows[(rows.measure == report.CELL) & rows.group.isin(["0 1", "1 4"])]
+    assert len(before) and (before["value"] == 0).all()
+
+
+def test_checks_stand_in_the_rows(built_rows):
+    _, rows = built_rows
+    nothing, everything = (rows[rows.measure == name]["value"] for name in (report.NOTHING, report.EVERYTHING))
+    assert nothing.abs().max() < 1e-5 and (everything - 1).abs().max() < 1e-5
+    assert set(rows[rows.measure == report.NOTHING].component) == {
+        "resid_pre", "attn_out", "z", "mixer_out", "ssm_state"
+    }  # fmt: skip
+
+
+def test_the_reading_says_where_and_also_that_nothing_was_found(built_rows):
+    spec, rows = built_rows
+    text = report.reading(spec, rows)
+    assert "The stream that enters a layer matters most at 2 5 (layers 0-1" in text and "Checks:" in text
+    assert "nothing was found" in text  # four pairs cannot pass Holm
+    few = rows[~rows.measure.isin([report.CELL, report.EFFECT, report.SET])]
+    assert "Too few pairs are told apart" in report.reading(spec, few)
+    assert report.figures(spec, few) == []
+
+
+def test_pairs_that_the_model_does_not_tell_apart_are_said_to_be_so(micro):
+    spec = spec_of(pairs=4, shots=2, filler=0, least_difference=1e6, directions="denoise", components="resid_pre")
+    rows = rows_of(spec, micro)
+    assert (rows[rows.measure == report.ALIKE]["value"] == 1).all()
+    assert "100% are too alike" in report.reading(spec, rows) and "nothing was found" in report.reading(spec, rows)
+
+
+def test_a_run_on_jamba_micro(tmp_path):
+    spec = spec_of(pairs=8, shots=2, k=1, draws=3, filler=0, swap="labels", directions="denoise")
+    run = running.run("activation_patching", spec, tmp_path)
+    _, study, spec, rows = running.read(run.path)
+    summary = summarize(rows, study.headline, study.by)
+    attention = one(summary, direction="denoise", component="attn_out", cells="found")
+    assert (
+        attention.n == 4
+        and attention.low > one(summary, direction="denoise", component="attn_out", cells="random").high
+    )
+    assert rows[rows.measure == report.EVERYTHING]["value"].between(0.999, 1.001).all()
+    assert set(rows.group.dropna()) >= {"examples: label", "examples: separator", "last: sentiment word", "query"}
+    text = study.reading(spec, rows)
+    assert "are confirmed on held-out pairs" in text and "n = 8 pairs" in text
+    page = (run.path / "report.html").read_text()
+    assert page.count("plotly-graph-div") >= 2 and "Found cells, on held-out pairs" in page
+
+
+# -- prompts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swap, filler", itertools.product(["word", "labels"], [0, 2]))
+def test_pairs_agree_but_for_what_is_swapped(micro, swap, filler):
+    pairs = review_pairs(micro, 6, 4, filler, swap, seed=1)
+    assert pairs.clean.shape == (6, 1 + 4 * (10 + 7 * filler) + 9 + 7 * filler)
+    place = {"word": "last: sentiment word", "labels": "examples: label"}[swap]
+    differ = (pairs.clean != pairs.corrupted).any(0).nonzero()[:, 0].tolist()
+    assert tuple(differ) == pairs.groups[place] and pairs.changed_from == differ[0]
+    assert sorted(p for own in pairs.groups.values() for p in own) == list(range(pairs.clean.shape[1]))
+    words = {i: word for word, i in VOCABULARY.items()}
+    for clean, corrupted, answer, wrong in zip(
+        *(t.tolist() for t in (pairs.clean, pairs.corrupted)), pairs.answers, pairs.wrong, strict=True
+    ):
+        (at,) = pairs.groups["last: sentiment word"]
+        labels = {}
+        for ids, right in ((clean, answer), (corrupted, wrong)):
+            class_ = words[ids[at]] in SENTIMENTS[1]
+            shown = [words[ids[p]] in SENTIMENTS[1] for p in pairs.groups["examples: sentiment word"]]
+            of_class = {c: ids[p] for c, p in zip(shown, pairs.groups["examples: label"], strict=True)}
+            assert of_class[class_] == right and words[ids[-1]] == ":"
+            labels[right] = of_class
+        assert len(labels) == 2
+    again = review_pairs(micro, 6, 4, filler, swap, seed=1)
+    assert torch.equal(again.clean, pairs.clean)
+
+
+def test_any_tokenizer_gives_pairs_of_one_layout(micro):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["Review: the plot was great. Tom gave the key to Paul.\nSentiment: Good", "Sentiment: Bad"] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    model = type("Model", (), {"tokenizer": fast, "config": micro.config})
+    pairs = review_pairs(model, 6, 3, 1, "word", seed=0)
+    assert pairs.clean.shape == pairs.corrupted.shape and len(pairs.clean) == 6
+    for row, answer in zip(pairs.clean, pairs.answers, strict=True):
+        text = fast.decode(row[1:])  # behind <bos>
+        assert text.startswith("Review: the") and text.endswith("Sentiment:") and text.count("gave the") == 4
+        assert answer != row[-1]
+    (start,) = pairs.groups["start"]
+    assert start == 0 and pairs.groups["query"][-1] == pairs.clean.shape[1] - 1
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (("1 4 5|1 6", "1 4 7", "5", "6"), "clean has 2 prompts and corrupted 1"),
+        (("1 4 5", "1 4 5", "5", "6"), "a patch of it can change nothing"),
+        (("1 4 5", "1 4 5 6", "5", "6"), "correspond token by token"),
+        (("1 4 5", "1 4 7", "5", "5"), "are the same token"),
+        (("1 4 5", "1 4 7", "5|6|7", "8"), "one for each of the 1 pairs"),
+        (("1 4 5", "1 4 7", "5", "99"), "wrong='99'"),
+    ],
+)  # fmt: skip
+def test_pairs_of_a_user_are_checked(built, values, message):
+    with pytest.raises(InputError, match=message):
+        given_pairs(built, *values)
+
+
+def test_settings_and_models_are_checked_before_the_work(model_of_kind, tmp_path):
+    with pytest.raises(ConfigError, match="only clean given; prompts of yours need"):
+        spec_of(clean="a b")
+    model_of_kind("no-attention").float().save_pretrained(tmp_path / "m")
+    for values, error, message in (
+        ({"components": "z"}, ConfigError, "it has none of components=z"),
+        ({}, InputError, "it has no tokenizer"),
+    ):
+        with pytest.raises(error, match=f"activation_patching of .*: {message}"):
+            running.run("activation_patching", spec_of(models=str(tmp_path / "m"), **values), tmp_path / "runs")
+    with pytest.raises(ConfigError, match="shots=400 exceed its context of 2048"):
+        running.run("activation_patching", spec_of(shots=400), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+# -- significance --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values, p",
+    [([1.0] * 5, 2 / 32), ([1.0, -1.0], 1.0), ([], 1.0), ([3.0, 1.0, 2.0], 0.25), ([0.0] * 4, 1.0), ([1.0] * 20, 1e-4)],
+)  # fmt: skip
+def test_p_by_random_signs(values, p):
+    assert sign_flip_p(torch.tensor(values)) == pytest.approx(p)
+
+
+def test_p_by_random_signs_is_even_where_there_is_nothing():
+    draws = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+    share = sum(sign_flip_p(row) < 0.05 for row in draws) / 300
+    assert 0.02 < share < 0.08
+
+
+@pytest.mark.parametrize(
+    "p, corrected",
+    [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([], []), ([0.02], [0.02])],
+)  # fmt: skip
+def test_holm(p, corrected):
+    assert holm(p) == pytest.approx(corrected)
