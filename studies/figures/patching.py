@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from jambascope.studies.figures.theme import BLANK, FIRST, GUIDE, SECOND, SELECTED, SIGNED, color_bar, frame
 
 GRID = "rgba(128,128,128,0.25)"
-COLORS = (SECOND, FIRST, "#009E73", "#CC79A7", "#8A8F98")
+COLORS = (SECOND, FIRST, "#009E73", "#CC79A7", "#8A8F98", "#D55E00")
 MOST_NAMED = 24
 
 
