@@ -3,21 +3,22 @@
 In attention the key's score becomes -inf for one query of one head, and the softmax renormalises the rest (attention
 knockout, Geva et al., arXiv 2304.14767). A Mamba layer has no weights that sum to one: there the key's write is taken
 out of the state as the query reads it, the entry alpha[query, key] of its hidden attention in every channel, and what
-other positions read stays. Both change one position of what the layer mixes, so a cell costs what one of
+other positions read stays; or, with ``form="conv"``, all that the key's input to the convolution gives to the query,
+convolution and direct path included. Both change one position of what the layer mixes, so a cell costs what one of
 ``patch_sweep`` at that position does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import xarray as xr
 
 from jambascope.errors import HookError, InputError
-from jambascope.hooks.hidden_attention import hidden_attention, inputs
+from jambascope.hooks.hidden_attention import Form, hidden_attention, inputs
 from jambascope.hooks.mixer_terms import capture_terms
 from jambascope.hooks.sweep.batches import measured, starts_of
 from jambascope.hooks.sweep.engine import Engine
@@ -45,6 +46,7 @@ def knock_out_sweep(
     *,
     layers: Iterable[int] | None = None,
     by_head: bool = True,
+    form: Literal["alpha", "conv"] = "alpha",
     progress: bool | Progress = True,
 ) -> Effects:
     """The metrics when one edge is knocked out, for every edge and layer: ``changes()`` says what that does.
@@ -56,16 +58,19 @@ def knock_out_sweep(
         prompt: one, or several of one length.
         edges: (query, key) pairs of positions, negative ones from the end; every pair when None.
         layers: all when None.
+        form: of the hidden attention of Mamba layers whose entry is taken out.
 
     Raises:
         HookError: a layer that does not exist.
-        InputError: as ``patch_sweep``, and for an edge whose key stands after its query.
+        InputError: an unknown form; as ``patch_sweep``, and for an edge whose key stands after its query.
     """
     question = Question.of(model, prompt, prompt, metric)
     chosen = range(model.config.n_layers) if layers is None else tuple(layers)
     if unknown := [layer for layer in chosen if layer not in range(model.config.n_layers)]:
         raise HookError(f"layers: this model has layers 0..{model.config.n_layers - 1}, not {unknown[0]!r}")
-    sweep = _KnockOuts(question, _edges(edges, question), sorted(chosen), by_head)
+    if form not in ("alpha", "conv"):
+        raise InputError(f"form={form!r} must be 'alpha' (what is written to the state) or 'conv' (with convolution)")
+    sweep = _KnockOuts(question, _edges(edges, question), sorted(chosen), by_head, form)
     with watched(progress) as show:
         try:
             for share in sweep.run():
@@ -98,8 +103,9 @@ def _edges(edges: Iterable[Edge] | None, question: Question) -> list[Edge]:
 class _KnockOuts:
     """Every edge in every layer."""
 
-    def __init__(self, question: Question, edges: list[Edge], layers: list[int], by_head: bool) -> None:
+    def __init__(self, question: Question, edges: list[Edge], layers: list[int], by_head: bool, form: Form) -> None:
         self.question, self.model, self.edges, self.layers = question, question.model, edges, layers
+        self.form = form
         config, n = self.model.config, len(question.metrics)
         self._place: dict[Edge, int] = {}
         """Edge -> how many of its query's edges come before it."""
@@ -173,11 +179,11 @@ class _KnockOuts:
         name = f"blocks.{layer}.mixer.hook_y"
         y = record(self.model, self.question.base, {name: self.queries})[0].values[name]
         terms = capture_terms(self.model, self.question.base, [layer])[layer]
-        x = inputs(terms, "alpha")
+        x = inputs(terms, self.form)
         read = y.expand(self._most, *y.shape).clone()
         for i, query in enumerate(self.queries):
             keys = self._keys(query)
-            weights = hidden_attention(terms, [query], "alpha").weights[:, :, 0, keys]  # [pair E key]
+            weights = hidden_attention(terms, [query], self.form).weights[:, :, 0, keys]  # [pair E key]
             read[: len(keys), :, i] -= (weights * x[:, keys].transpose(1, 2)).permute(2, 0, 1).to(y.dtype)
         return read
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from jambascope.config import JambaConfig
     from jambascope.model import HookedJamba
 
-NAMES = ("induction_heads", "label_heads", "activation_patching", "previous_token")
+NAMES = ("induction_heads", "label_heads", "activation_patching", "previous_token", "hidden_attention")
 """The studies that ship, modules of ``jambascope.studies``."""
 
 Cell = dict[str, Any]
