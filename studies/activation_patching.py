@@ -25,7 +25,6 @@ from jambascope.studies.runner.study import Cell, Found, Study, grid
 
 Component = Literal["resid_pre", "attn_out", "mixer_out", "mlp_out", "z", "ssm_state"]
 Direction = Literal["denoise", "noise"]
-METRICS = ("logit_difference", "probability", "rank")
 CHECKED = 4
 """Pairs of which a patch of their own values is run."""
 
@@ -95,7 +94,7 @@ def cells(spec: PatchingSpec) -> list[Cell]:
 def measure(spec: PatchingSpec, cell: Cell, model: HookedJamba) -> Found:
     pairs = _pairs(spec, cell["seed"], model)
     values, runs = _swept(spec, cell["direction"], model, pairs)
-    rows = _run_rows(spec, runs) if cell["direction"] == spec.directions[0] else []
+    rows = _run_rows(spec, runs, cell["direction"] == spec.directions[0])
     source, base = ("clean", "corrupted") if cell["direction"] == "denoise" else ("corrupted", "clean")
     difference = (runs[source] - runs[base])[0]
     difference = np.where(np.abs(difference) >= spec.least_difference, difference, np.nan)
@@ -159,19 +158,14 @@ def _metrics(pairs: PromptPairs) -> list:
     return [logit_difference(answers, wrong), probability(answers), rank(answers)]
 
 
-def _run_rows(spec: PatchingSpec, runs: Mapping[str, np.ndarray]) -> list[dict]:
-    """All three metrics of the unpatched runs, and which pairs are too alike."""
-    rows = [
-        {"measure": f"{metric.replace('_', ' ')}, {name} run", "sample": i, "value": float(value)}
-        for name, values in runs.items()
-        for metric, of_metric in zip(METRICS, values, strict=True)
-        for i, value in enumerate(of_metric)
-    ]
+def _run_rows(spec: PatchingSpec, runs: Mapping[str, np.ndarray], told: bool) -> list[dict]:
+    """Which pairs are too alike and, where ``told``, all three metrics of the unpatched runs."""
     alike = np.abs((runs["clean"] - runs["corrupted"])[0]) < spec.least_difference
-    return rows + [
-        {"measure": report.ALIKE, "sample": i, "value": float(is_alike), "kind": "hit"}
-        for i, is_alike in enumerate(alike)
-    ]
+    rows = [{"measure": report.ALIKE, "sample": i, "value": float(own), "kind": "hit"} for i, own in enumerate(alike)]
+    names = [f"{metric}, {name} run" for name in runs for metric in report.METRICS] if told else []
+    for name, values in zip(names, np.concatenate(list(runs.values())), strict=False):
+        rows += _sample_rows(name, values)
+    return rows
 
 
 def _own_values_rows(

@@ -105,7 +105,7 @@ def reading(spec: Spec, rows: pd.DataFrame) -> str:
 
 
 def _runs(rows: pd.DataFrame, recipe: str) -> str:
-    summary = summarize(rows, [*RUNS[:4], ALIKE], ())
+    summary = summarize(rows[rows.direction == rows.direction.iloc[0]], [*RUNS[:4], ALIKE], ())
     clean, corrupted, p_clean, p_corrupted = (one(summary, measure=m) for m in RUNS[:4])
     alike = one(summary, measure=ALIKE)
     return (

@@ -25,7 +25,7 @@ from jambascope.studies.mixer_cuts import WAYS, Cut, Way, cut_hooks, earlier_mea
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study
 
-EDGE, RANDOM_EDGE = "edge to the token before", "random edges"
+EDGE, RANDOM_EDGE = "edge to the token before", report.RANDOM_EDGES
 BOTH, EVERYTHING = "conv and state", "everything"
 BELOW, ABOVE = "all below", "all above"
 Hooks = list[tuple[str, Callable]]

@@ -21,6 +21,7 @@ SINGLE = "one layer: "
 CHANNELS, CHANNEL_SET = "change of prefix matching by channels", "random set: change of prefix matching by channels"
 BY = ("mode", "way", "layers", "set")
 ENDS = ["mean", "low", "high"]
+RANDOM_EDGES = "random edges"
 LEVEL, MUCH = 0.05, 0.5
 """Corrected p, and the share of what the head has above chance, from which on something is called needed or enough."""
 
@@ -136,7 +137,11 @@ def _together(lost: pd.DataFrame) -> str:
 def _singly(lost: pd.DataFrame, kept: pd.DataFrame, rows: pd.DataFrame) -> str:
     """The layers that cost most alone, and those that are enough alone."""
     lines = _layers(rows)
-    clear = {(r.layers, r.way) for _, r in lines[(lines["p, Holm"] < LEVEL) & (lines.side == "below")].iterrows()}
+    clear = {
+        (r.layers, r.way)
+        for _, r in lines[(lines["p, Holm"] < LEVEL) & (lines.side == "below")].iterrows()
+        if r.way != RANDOM_EDGES
+    }
     single = lost[[(r.layers, r.way) in clear for _, r in lost.iterrows()]].sort_values("mean", ascending=False).head(4)
     said = "; ".join(f"layer {r.layers}, {r.way}: {number(*r[ENDS])}" for _, r in single.iterrows())
     words = f"Lost by cutting off one layer: {said}." if said else "No single layer below makes a difference (Holm)."
@@ -174,7 +179,7 @@ def _above(rows: pd.DataFrame, spec: Spec) -> str:
     words = ""
     if len(above):
         words = f"Control: cutting off layers above changes prefix matching by {above.abs().max():.1e} at most."
-    edges = rows[(rows.way == "random edges") & (rows.layers == "all below")]
+    edges = rows[(rows.way == RANDOM_EDGES) & (rows.layers == "all below")]
     if len(edges):
         random = one(summarize(edges, [CHANGES[0]], ()))
         words += f" Random edges below, all away: {number(*random[ENDS])}."
