@@ -53,8 +53,8 @@ def estimates(
     ticks = {"tickmode": "array", "tickvals": list(range(len(places))), "ticktext": places}
     fig.update_xaxes(ticks | {"range": [-0.5, len(places) - 0.5], "showgrid": False, "zeroline": False})
     fig.update_xaxes(title={"text": place_title, "standoff": 8})
-    fig.update_yaxes(title=unit, gridcolor=GRID, zerolinecolor=GUIDE, type="log" if log else "linear")
-    return fig
+    fig.update_yaxes(title=unit, gridcolor=GRID, zerolinecolor=GUIDE, rangemode="tozero")
+    return fig.update_yaxes(type="log", dtick=1) if log else fig
 
 
 def _chance(points: Sequence[Estimate], x: Sequence[float], half: float, named: bool) -> go.Scatter:

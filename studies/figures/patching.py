@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from jambascope.studies.figures.theme import BLANK, SIGNED, color_bar, frame, integer_axis, label, token_axis
+from jambascope.studies.figures.theme import AMOUNT, BLANK, SIGNED, color_bar, frame, integer_axis, label, token_axis
 
 
 def effect_map(
@@ -19,6 +19,7 @@ def effect_map(
     positions: Sequence[str],
     unit: str = "effect (1: all of the difference)",
     limit: float = 1.0,
+    signed: bool = True,
     position_title: str = "patched token (position)",
     numbered: bool = True,
 ) -> go.Figure:
@@ -28,13 +29,15 @@ def effect_map(
     Args:
         positions: the tokens; or names of groups of positions, which are not ``numbered``.
         limit: where the colours end, on both sides of 0.
+        signed: False for what is never negative, such as a divergence.
     """
     names = [label(name) for name in positions]
     where = [f"{t} {name}" for t, name in enumerate(names)] if numbered else names
     text = [[f"layer {layer}, {name}" for name in where] for layer in layers]
     fig = go.Figure(
         go.Heatmap(
-            z=effects, text=text, colorscale=SIGNED, zmin=-limit, zmax=limit, xgap=1, ygap=1, hoverongaps=False,
+            z=effects, text=text, xgap=1, ygap=1, hoverongaps=False,
+            colorscale=SIGNED if signed else AMOUNT, zmin=-limit if signed else 0, zmax=limit,
             hovertemplate="%{text}<br>%{z:.3f}<extra></extra>", colorbar=color_bar(unit),
         )
     )  # fmt: skip

@@ -162,7 +162,8 @@ arrives = min(layer for layer in layers if float(stream.sel(layer=layer, positio
 Markdown(
     f"Equal to the loop, in {sweep_seconds:.2f} s instead of {loop_seconds:.2f} s for a pair.\n\n"
     f"Until it enters layer {leaves} the answer stands at the value's own position ({value}); from layer {arrives} on "
-    f"it stands at the end ({end}). So layer {leaves}, which is {config.mixers[leaves]}, moves it, over {end - value} tokens."
+    f"it stands at the end ({end}). So layer {leaves}, which is {config.mixers[leaves]}, moves it, over {end - value} "
+    "tokens."
 )
 
 # %% [markdown]
@@ -218,13 +219,14 @@ Markdown(
     f"Logit difference: its own stream {said['its own', 'logit_difference']}, a stranger's "
     f"{said['another', 'logit_difference']}.\n\n"
     f"Probability of the right answer: its own {said['its own', 'probability']}, a stranger's "
-    f"{said['another', 'probability']}."
+    f"{said['another', 'probability']}; a guess among the {ENTRIES - 1} values left in the table would give "
+    f"{1 / (ENTRIES - 1):.2f}."
 )
 
 # %% [markdown]
 # A stranger's stream *removes* the corrupted answer, and a logit difference counts that too: part of every effect is
-# not "the answer is back" but "the other one is gone". Only the second metric, or a control such as this, tells them
-# apart.
+# not "the answer is back" but "the other one is gone". (The clean answer is still in the corrupted table, at another
+# key, so a guess can find it.) Only a second metric or a control such as this tells them apart.
 #
 # ## 2. Which component?
 #
@@ -233,13 +235,11 @@ Markdown(
 
 # %%
 mixers = found.effects()["mixer_out"].sel(metric="logit_difference").mean("pair").values
-# mixer_out is the Mamba layers' own; attention's is attn_out
+# mixer_out is what Mamba layers add; what attention adds is attn_out
 attention = patch_sweep(model, clean, corrupted, metric, ["attn_out", "z"], progress=False)
 added = attention.effects()["attn_out"].sel(metric="logit_difference")
 mixers[config.attention_layers, :] = added.mean("pair").values[config.attention_layers, :]
-effect_map(
-    "What attention and Mamba layers add", f"clean into corrupted, mean of {PAIRS} pairs", mixers, layers, words
-)  # fmt: skip
+effect_map("What attention and Mamba add", f"clean into corrupted, mean of {PAIRS} pairs", mixers, layers, words)
 
 # %%
 mlps = found.effects()["mlp_out"].sel(metric="logit_difference").mean("pair").values
@@ -338,7 +338,7 @@ rekeyed = [" ".join([*exchanged(table, KEY), *q]) for table, q in zip(tables, qu
 places = {
     "keys": tuple(KEY + 3 * e for e in (ASKED, OTHER)),
     "values": tuple(VALUE + 3 * e for e in (ASKED, OTHER)),
-    "commas after": tuple(VALUE + 1 + 3 * e for e in (ASKED, OTHER)),
+    "commas": tuple(VALUE + 1 + 3 * e for e in (ASKED, OTHER)),
     "question": (end - 1,),
     "end": (end,),
 }
@@ -355,7 +355,7 @@ at_keys, at_values = (effects["resid_pre"].mean("pair").values[:, i] for i in (0
 moved = -np.diff(at_keys)  # what leaves the keys in each layer
 steps = [layer for layer in layers[:-1] if moved[layer] > 0.1]
 Markdown(
-    "What leaves the keys, and what has arrived at the values, entering each layer:\n\n"
+    "Effect of the stream at the keys, and at the values, where it enters each layer:\n\n"
     + "\n".join(
         f"- layer {layer} ({config.mixers[layer]}): {at_keys[layer]:.2f} and {at_values[layer]:.2f}"
         for layer in layers[: leaves + 1]

@@ -66,7 +66,7 @@ PER_DOMAIN = 12
 rng = np.random.default_rng(0)
 documents = [document(domain, rng, "held_out") for domain in DOMAINS for _ in range(PER_DOMAIN)]
 prompts = [" ".join(doc.words) for doc in documents]
-pd.DataFrame({"kind": list(DOMAINS), "a document begins": [p[:90] for p in prompts[::PER_DOMAIN]]})
+pd.DataFrame({"kind": list(DOMAINS), "a document begins": [p[:48] for p in prompts[::PER_DOMAIN]]})
 
 # %% [markdown]
 # ## 1. Does every expert get work?
@@ -219,17 +219,10 @@ parallel = pd.DataFrame(parallel_table(mixed, DEVICES, window=WINDOW, capacity_f
 stragglers = parallel[parallel.measure.str.startswith("straggler")]
 assert stragglers.value.between(1, DEVICES).all()
 dropped = parallel[parallel.measure.str.startswith("dropped")]
-points = [
-    Estimate(
-        f"{r.layer}",
-        r.measure.split(", ")[1],
-        100 * r.value,
-        100 * r.low,
-        100 * r.high,
-        (100 * r.chance_low, 100 * r.chance_high),
-    )
-    for r in dropped.itertuples()
-]
+points = []
+for r in dropped.itertuples():
+    value, low, high, *chance = (100 * v for v in (r.value, r.low, r.high, r.chance_low, r.chance_high))
+    points.append(Estimate(f"{r.layer}", r.measure.split(", ")[1], value, low, high, tuple(chance)))
 estimates(
     "Choices that find their expert full",
     f"windows of {WINDOW} tokens; grey: blind choices",
@@ -273,7 +266,7 @@ of = torch.arange(len(asked)) // EACH
 def losses() -> torch.Tensor:
     """Mean loss on the answers of each kind of document, nats."""
     each = answer_scores(model, asked).losses.nanmean(1)
-    return torch.stack([each[of == d].mean() for d in range(len(DOMAINS))])
+    return torch.stack([each[of == d].nanmean() for d in range(len(DOMAINS))])
 
 
 with torch.no_grad():
@@ -312,13 +305,14 @@ blind = torch.stack(
 )
 chance = against_chance(observed, blind)
 stacked = torch.stack(list(need.values()))
+assert stacked.isfinite().all() and abs(observed) <= 1
 layer, row, expert = np.unravel_index(int(stacked.argmax()), stacked.shape)
 Markdown(
-    f"Mean rank correlation {observed:.2f}; chance [{chance.low:.2f}, {chance.high:.2f}], p = {chance.p_value:.3f}; the same "
-    f"order would be 1. The largest loss: *{list(DOMAINS)[row]}* without expert {expert} of layer {config.moe_layers[layer]}, "
-    f"{stacked.max():+.2f} nats; {use[config.moe_layers[layer]][row, expert]:.0%} of its tokens had used it. The median "
-    f"change over all kinds and experts is {stacked.median():+.3f} nats: so little is lost where the experts that tokens "
-    "are sent to instead can stand in."
+    f"Mean rank correlation {observed:.2f}; chance [{chance.low:.2f}, {chance.high:.2f}], p = {chance.p_value:.3f}; "
+    f"the same order would be 1.\n\nThe largest loss: *{list(DOMAINS)[row]}* without expert {expert} of layer "
+    f"{config.moe_layers[layer]}, {stacked.max():+.2f} nats; {use[config.moe_layers[layer]][row, expert]:.0%} of its "
+    f"tokens had used it. The median change over all kinds and experts is {stacked.median():+.3f} nats: that is what a "
+    "typical expert is worth to a kind of text when its tokens can go elsewhere."
 )
 
 # %% [markdown]

@@ -16,9 +16,8 @@
 # Attention keeps every key and value and looks them up. A Mamba layer keeps one *state* of fixed size, a matrix h of
 # E channels by N numbers, and overwrites it at every token:
 #
-# $$h_t[e, n] = e^{\Delta_t[e] A[e, n]}\, h_{t-1}[e, n] + \Delta_t[e]\, B_t[n]\, x_t[e]$$
-#
-# $$y_t[e] = \sum_n C_t[n]\, h_t[e, n] + D[e]\, x_t[e]$$
+#     h_t[e, n] = exp(Δ_t[e] A[e, n]) h_{t-1}[e, n]  +  Δ_t[e] B_t[n] x_t[e]
+#     y_t[e]    = sum over n of C_t[n] h_t[e, n]  +  D[e] x_t[e]
 #
 # A < 0 is learned and fixed. The step size Δ, the write B and the read C depend on the token: a large Δ forgets the
 # past and writes the token down, a small one passes it by. Before that, a causal convolution over four tokens makes
@@ -29,7 +28,7 @@
 # 1. How large is the state, and how long does what is written stay?
 # 2. Where does a layer look, put in terms of attention?
 # 3. Can the announced word be read off the state?
-# 4. Does the answer depend on the state? (That a thing is there does not mean that it is used.)
+# 4. Does the answer depend on it? (That a thing is there does not mean that it is used.)
 
 # %%
 import numpy as np
@@ -59,7 +58,8 @@ model = HookedJamba.from_pretrained("jamba-micro")
 config = model.config
 Markdown(
     f"Mamba layers: {', '.join(map(str, config.mamba_layers))}; "
-    f"attention: {', '.join(map(str, config.attention_layers))}. A state has {config.d_inner} channels x {config.d_state} numbers, whatever the length of the prompt."
+    f"attention: {', '.join(map(str, config.attention_layers))}. "
+    f"A state has {config.d_inner} channels x {config.d_state} numbers, whatever the length of the prompt."
 )
 
 # %% [markdown]
@@ -293,29 +293,30 @@ def divergence(interventions) -> torch.Tensor:
 
 kl = torch.stack([divergence(PinState(layer, ERASED, 0.0)) for layer in config.mamba_layers])
 assert kl[:, :ERASED].abs().max() < 1e-6, "the past cannot change"
-assert kl[:, ERASED:].max() > 1e-6
-limit = float(kl.max())
+assert kl[:, ERASED:].max() > 1e-6, "the future does"
 effect_map(
     "Erasing one layer's state", f"after “{words[ERASED]}” ({ERASED}); the blank past cannot change",
     np.where(np.arange(len(words)) < ERASED, np.nan, kl.numpy()), config.mamba_layers, words,
-    unit="KL from the untouched prediction (nats)", limit=limit, position_title="prediction after token (position)",
+    unit="KL (nats)", limit=float(kl.max()), signed=False, position_title="prediction after token (position)",
 )  # fmt: skip
 
+# %%
+worst, when = np.unravel_index(int(kl.argmax()), kl.shape)
+Markdown(
+    f"The largest divergence, of layer {config.mamba_layers[worst]} after “{words[when]}” ({when}), is {kl.max():.3f} "
+    f"nats. For scale: a model that lost the answer altogether would be {-np.log(1 / config.d_vocab):.1f} nats off."
+)
+
 # %% [markdown]
-# For the answer itself, all prompts: erase the states of *all* Mamba layers at once, after each position in turn;
-# then again together with the convolution's memory of its last three inputs. Compare with a cut that concerns
-# attention alone: the last token may no longer see the announced word.
+# For the answer itself, all prompts: erase the states of *all* Mamba layers at once, after each position in turn; then
+# again together with the convolution's memory of its last three inputs.
 
 # %%
 changes: dict[str, dict[int, torch.Tensor]] = {"states": {}, "states and convolution": {}}
-at = range(said - 3, last + 1)
-for position in at:
+for position in range(said - 3, last + 1):
     for name, conv in (("states", None), ("states and convolution", 0.0)):
         erase = [PinState(layer, position, 0.0, conv=conv) for layer in config.mamba_layers]
         changes[name][position] = log_p(erase) - base
-attention_layer = config.attention_layers[0]
-cut = log_p(KnockOutEdges(attention_layer, edges=[(last, said)])) - base
-other = log_p(KnockOutEdges(attention_layer, edges=[(last, said + 3)])) - base
 points = []
 for name, by_position in changes.items():
     for position, change in by_position.items():
@@ -327,6 +328,43 @@ estimates(
     points, "erased after position", "change of log p(word) (nats)",
 )  # fmt: skip
 
+# %% [markdown]
+# Zeros are a memory that no run ever has: what hurts might be the shock. The milder question puts in the memory of
+# *another* prompt, after the token before the announced word: once of a prompt that says “secret” there as well, with
+# other words around it, and once of a prompt that says some other word there. If the memory's only use is to know that
+# “secret” was just said, the first changes nothing, and the second everything. Two cuts of attention stand beside them:
+# the last token may no longer see the announced word, or another one.
+
+# %%
+after = said - 1
+parts = ("hook_ssm_state", "hook_conv_state")
+memory = [f"blocks.{layer}.mixer.{part}" for layer in config.mamba_layers for part in parts]
+with_secret = [ask("lamp") for _ in range(PROMPTS)]
+without = [prompt.replace("secret", str(rng.choice(NOISE)), 1) for prompt in with_secret]
+
+
+def memory_of(others: list[str]) -> list[PinState]:
+    donor = run(model, others, capture=memory).cache
+    return [PinState.from_cache(model, donor, layer, after, with_conv=True) for layer in config.mamba_layers]
+
+
+attention_layer = config.attention_layers[0]
+tried = {
+    "memory of a prompt with “secret”": memory_of(with_secret),
+    "memory of one without": memory_of(without),
+    "attention to the word cut": KnockOutEdges(attention_layer, edges=[(last, said)]),
+    "attention to another word cut": KnockOutEdges(attention_layer, edges=[(last, said + 3)]),
+}
+effects = {name: log_p(interventions) - base for name, interventions in tried.items()}
+points = []
+for name, change in effects.items():
+    low, high = bootstrap_interval(change)
+    points.append(Estimate(name, "change", float(change.mean()), float(low), float(high)))
+estimates(
+    "What the answer depends on", f"95 % intervals over {PROMPTS} prompts", points, "changed",
+    "change of log p(word) (nats)",
+)  # fmt: skip
+
 # %%
 
 
@@ -335,26 +373,26 @@ def shown(change: torch.Tensor) -> str:
     return f"{change.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-between = [position for position in at if said < position < last - 4]
-state_alone = torch.stack([changes["states"][position] for position in between]).mean(0)
-before = changes["states and convolution"][said - 3]
+between = [position for position in changes["states"] if said < position < last - 4]
+alone = torch.stack([changes["states"][position] for position in between]).mean(0)
+both = {position: changes["states and convolution"][position] for position in (said - 3, after, last - 1)}
 Markdown(
     f"Change of log p(word), nats, n = {PROMPTS}:\n\n"
-    f"- all states erased at a position between announcement and question: {shown(state_alone)};\n"
-    f"- states and convolution erased just before the word, after “secret” ({said - 1}): "
-    f"{shown(changes['states and convolution'][said - 1])}, states alone there {shown(changes['states'][said - 1])};\n"
-    f"- the same before “secret”, at {said - 3}, where nothing has been said yet (control): {shown(before)};\n"
-    f"- attention from the last token to the word cut: {shown(cut)}; to another token (control): {shown(other)}."
+    f"- all states erased at a position between announcement and question: {shown(alone)};\n"
+    f"- with the convolution, after “secret” ({after}): {shown(both[after])}, states alone there "
+    f"{shown(changes['states'][after])}; just before the question ({last - 1}): {shown(both[last - 1])}; before "
+    f"anything was announced ({said - 3}, control): {shown(both[said - 3])};\n"
+    + "\n".join(f"- {name}: {shown(change)};" for name, change in effects.items())
 )
 
 # %% [markdown]
 # ## What to take along
 #
-# Read the list as a division of labour. An effect of erasing between announcement and question would mean that the
-# state *carries* the word; an effect only at the announcement, and only with the convolution, means that Mamba layers
-# *mark* the word ("I follow secret") in the few tokens that the convolution spans, and that something else fetches
-# it. A probe that succeeds where erasing does nothing found information that this answer does not use.
+# Read the list as a division of labour. An effect of erasing states between announcement and question would mean that
+# they *carry* the word. An effect only at the announcement, only with the convolution, and only when the memory put in
+# lacks “secret” means that Mamba layers *mark* the word (“I follow secret”) within the few tokens that the convolution
+# spans, and that something else fetches it. A probe that succeeds where erasing does nothing has found information that
+# this answer does not use.
 #
-# A pure Mamba model has nothing else to fetch with: ask the same of `mamba-micro`, or of your own checkpoint. To go
-# on: `notebooks/activation_patching.py` follows such a mark from layer to layer, and `PinState.from_cache` puts in
-# the state of another prompt instead of zeros, which is the milder question.
+# A pure Mamba model has nothing else to fetch with: ask the same of one. To go on: `notebooks/activation_patching.py`
+# follows such a mark from layer to layer.
