@@ -22,6 +22,7 @@ import torch
 
 from jambascope.config import JambaConfig
 from jambascope.errors import InputError, JambascopeError
+from jambascope.files import write_json
 from jambascope.hook_table import HOOK_TABLE
 from jambascope.hooks.capture_size import Entry
 from jambascope.hooks.capture_store import Captured, Store
@@ -78,9 +79,7 @@ class DiskStore(Store):
             "model": {"name": self.model.name_or_path, "config": self.model.config.to_dict()},
             "entries": {e.name: _described(e, self.written[e.name]) for e in self.entries},
         }
-        unfinished = self.directory / (INDEX + ".part")
-        unfinished.write_text(json.dumps(index))
-        os.replace(unfinished, self.directory / INDEX)
+        write_json(self.directory / INDEX, index)
 
 
 def open_capture(directory: str | Path, model: HookedJamba | None = None) -> Captured:

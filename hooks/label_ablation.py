@@ -176,7 +176,7 @@ def ablate_heads(
     _check_ablation(model, prompts, reference, ablation, draws, batch_size)
     heads = tuple(heads)
     _check_heads(model, heads)
-    random_heads = _random_heads(model, heads, draws, seed)
+    random_heads = random_head_sets(model, heads, draws, seed)
     means = None if ablation == "zero" else mean_head_outputs(model, reference, batch_size)
     options = dict(means=means, metric=metric, batch_size=batch_size)
     return HeadAblation(
@@ -265,8 +265,14 @@ def _check_heads(model: HookedJamba, heads: Sequence[Head]) -> None:
         raise InputError(f"heads={list(heads)!r} names a head twice")
 
 
-def _random_heads(model: HookedJamba, heads: tuple[Head, ...], draws: int, seed: int) -> tuple[tuple[Head, ...], ...]:
-    """Different sets of as many heads, none of which is in ``heads``."""
+def random_head_sets(
+    model: HookedJamba, heads: Sequence[Head], draws: int, seed: int = 0
+) -> tuple[tuple[Head, ...], ...]:
+    """Up to ``draws`` different sets of as many heads, none of which is in ``heads``: fewer where fewer exist.
+
+    Raises:
+        InputError: no heads, or too many to leave as many others.
+    """
     others = [
         (layer, head)
         for layer in model.config.attention_layers

@@ -11,7 +11,6 @@ CPU, and sums stay where the model is, in float64 (float32 where there is none).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from jambascope import tokens as tokenization
 from jambascope.errors import InputError
+from jambascope.files import write_tensors
 from jambascope.hook_point import At, HookPoint
 from jambascope.hooks.accumulators import Mean, Moments, RouterLoad, Seen, StateNorm, Statistic
 from jambascope.hooks.histogram import Histogram
@@ -199,9 +198,7 @@ def save_statistics(path: str | Path, statistics: Sequence[Statistic]) -> None:
     described = [
         {"kind": type(s).__name__, "tokens": s.tokens, "positions_apart": s.positions_apart} for s in statistics
     ]
-    unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, metadata={"jambascope-statistics": json.dumps({"version": 1, "list": described})})
-    os.replace(unfinished, path)
+    write_tensors(path, tensors, {"jambascope-statistics": json.dumps({"version": 1, "list": described})})
 
 
 def load_statistics(path: str | Path) -> list[Statistic]:

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,15 @@ def check_tensors(directory: Path, config: JambaConfig, model_type: str) -> bool
     where = locate_tensors(directory)
     _plan(dict(HookedJamba(config, device="meta").named_parameters()), config, model_type, where, directory)
     return True
+
+
+def identity(directory: Path) -> str:
+    """sha256 of config.json and every file of weights, which says whether two directories hold the same model."""
+    digest = sha256()
+    for path in (directory / "config.json", *sorted(set(locate_tensors(directory).values()))):
+        with path.open("rb") as file:
+            digest.update(file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:

@@ -226,10 +226,15 @@ def train(
 
 
 def _add_commands_of_other_floors() -> None:
-    """Commands that live above this package (dashboard, bench, zoo eval) register themselves by entry point."""
+    """Commands that live above this package (dashboard, bench, study, zoo eval) register themselves by entry point: a
+    function, or a group of commands."""
     for group, parent in (("jambascope.commands", app), ("jambascope.zoo_commands", zoo_app)):
         for entry in sorted(entry_points(group=group), key=lambda e: e.name):
-            parent.command(name=entry.name)(entry.load())
+            found = entry.load()
+            if isinstance(found, typer.Typer):
+                parent.add_typer(found, name=entry.name)
+            else:
+                parent.command(name=entry.name)(found)
 
 
 def main() -> None:
@@ -242,7 +247,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except JambascopeError as e:
-        _fail(str(e), 1)
+        _fail(str(e) + _notes(e), 1)
     except BrokenPipeError:  # the reader of a pipe (head, say) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -251,8 +256,13 @@ def main() -> None:
             _fail(e.format_message(), e.exit_code)
         if os.environ.get("JAMBASCOPE_TRACEBACK"):
             raise
-        _fail(f"unexpected {type(e).__name__}: {e} (set JAMBASCOPE_TRACEBACK=1 to see where)", 1)
+        _fail(f"unexpected {type(e).__name__}: {e}{_notes(e)} (set JAMBASCOPE_TRACEBACK=1 to see where)", 1)
     sys.exit(status or 0)
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to an error on its way: where it happened, what was kept."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _fail(message: str, status: int) -> None:

@@ -21,3 +21,7 @@ class InputError(JambascopeError):
 
 class HookError(JambascopeError):
     """A hook point that does not exist, or a hook that returned what the model cannot use."""
+
+
+class RunError(JambascopeError):
+    """A study's run directory that is missing, damaged, in use, of another version, or cannot be written."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,9 +23,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """As parquet."""
+    """As parquet, with checksums that :func:`read_table` looks at."""
     import pyarrow.parquet as pq
 
     temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table, temporary)
+    pq.write_table(table, temporary, write_page_checksum=True)
+    os.replace(temporary, path)
+
+
+def read_table(path: Path) -> pa.Table:
+    """What :func:`write_table` wrote; of a damaged file pyarrow raises ``OSError`` or an ``ArrowException``."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, page_checksum_verification=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """As safetensors."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     os.replace(temporary, path)

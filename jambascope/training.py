@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from jambascope.errors import CheckpointError, ConfigError
-from jambascope.files import write_table
+from jambascope.files import write_table, write_tensors
 from jambascope.kernels.experts.int8 import QUANTIZE, is_quantized
 from jambascope.model import HookedJamba
 
@@ -126,6 +124,7 @@ def fit(
     resume: bool = False,
     progress: bool = False,
     after_step: Callable[[int], None] | None = None,
+    data: str = "",
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on ``model.loss_terms(batch(step)).total``.
 
@@ -136,13 +135,14 @@ def fit(
         resume: continue from the directory's checkpoint, when there is one.
         progress: print a line with loss, evaluation and time left at every evaluation, on stderr.
         after_step: called with the number of steps behind the model, 0 before the first.
+        data: what ``batch`` draws from, in any words; a checkpoint that was made with another is refused.
 
     Returns:
         The log, one row per step: step, loss, lm, load_balancing, activation, learning_rate, gradient_norm, seconds,
         and evaluation columns where there was one. It is shorter than ``spec.steps`` where patience ended it.
 
     Raises:
-        CheckpointError: a checkpoint of another spec or model, or one that is damaged.
+        CheckpointError: a checkpoint of another spec, model or data, or one that is damaged.
         ConfigError: a loss that is no longer finite; patience without an evaluation that gives ``spec.watch``.
     """
     directory = Path(directory)
@@ -152,7 +152,7 @@ def fit(
     optimizer = make_optimizer(model, spec)
     first, log = 0, []
     if resume and (directory / CHECKPOINT).exists():
-        first = load_checkpoint(directory / CHECKPOINT, model, optimizer, spec)
+        first = load_checkpoint(directory / CHECKPOINT, model, optimizer, spec, data)
         log = pq.read_table(directory / LOG).to_pylist()[:first]
     show = _progress_line(spec.steps, first) if progress else lambda row: None
     before, clock = (log[-1]["seconds"] if log else 0.0), time.monotonic()
@@ -178,7 +178,7 @@ def fit(
         if done % spec.checkpoint_every == 0 or done == spec.steps or _stalled(log, spec):
             # The log first: a kill in between leaves a log that is too long, which resuming cuts.
             _write_log(directory / LOG, log)
-            save_checkpoint(directory / CHECKPOINT, model, optimizer, spec, done)
+            save_checkpoint(directory / CHECKPOINT, model, optimizer, spec, done, data)
     model.eval()
     return log
 
@@ -232,9 +232,9 @@ def _step(
 
 
 def save_checkpoint(
-    path: Path, model: HookedJamba, optimizer: torch.optim.AdamW, spec: TrainingSpec, step: int
+    path: Path, model: HookedJamba, optimizer: torch.optim.AdamW, spec: TrainingSpec, step: int, data: str = ""
 ) -> None:
-    """Weights, AdamW's moments, and as metadata the step, spec and model configuration: one file, replaced whole.
+    """Weights, AdamW's moments, and as metadata the step, spec, model configuration and data: one file, replaced whole.
 
     One file, because weights and step in two could come from different moments after a kill.
     """
@@ -242,12 +242,12 @@ def save_checkpoint(
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=_metadata(model, spec, step))
-    os.replace(temporary, path)
+    write_tensors(path, tensors, _metadata(model, spec, step, data))
 
 
-def load_checkpoint(path: Path, model: HookedJamba, optimizer: torch.optim.AdamW, spec: TrainingSpec) -> int:
+def load_checkpoint(
+    path: Path, model: HookedJamba, optimizer: torch.optim.AdamW, spec: TrainingSpec, data: str = ""
+) -> int:
     """Put a checkpoint into model and optimizer; returns how many steps it has behind it."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -255,7 +255,7 @@ def load_checkpoint(path: Path, model: HookedJamba, optimizer: torch.optim.AdamW
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as e:  # safetensors raises its own error, the system others
         raise CheckpointError(f"{path} cannot be read ({e}); remove it to train from the beginning") from None
-    for part, now in _metadata(model, spec, 0).items():
+    for part, now in _metadata(model, spec, 0, data).items():
         if part != "step" and stored.get(part) != now:
             raise CheckpointError(
                 f"{path} was written with another {part}: {stored.get(part)}, not {now}; "
@@ -271,11 +271,12 @@ def load_checkpoint(path: Path, model: HookedJamba, optimizer: torch.optim.AdamW
     return int(stored["step"])
 
 
-def _metadata(model: HookedJamba, spec: TrainingSpec, step: int) -> dict[str, str]:
+def _metadata(model: HookedJamba, spec: TrainingSpec, step: int, data: str) -> dict[str, str]:
     return {
         "step": str(step),
         "spec": json.dumps(dataclasses.asdict(spec)),
         "config": json.dumps(model.config.to_dict()),
+        "data": data,
     }
 
 

@@ -86,6 +86,11 @@ class Target:
     def tail(self) -> str:
         return self.row.name.removeprefix("blocks.{L}.")
 
+    @property
+    def read_again(self) -> bool:
+        """Whether a cell's values are told by the base run, too: see :func:`read_again`."""
+        return self.tail in ADDENDS or self.node.window is not None
+
     def channels(self, unit: int) -> tuple[int, ...]:
         """The channels of a cell that is a group of them."""
         return tuple(range(unit * self.node.channels, min((unit + 1) * self.node.channels, self.width)))

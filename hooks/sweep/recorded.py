@@ -103,7 +103,7 @@ class Base:
         if before:
             for layer in layers:
                 if model.config.mixers[layer] != "attention":
-                    wanted |= {f"blocks.{layer}.{tail}": before for tail in _memory(model)}
+                    wanted |= {f"blocks.{layer}.{tail}": before for tail in memory_points(model)}
         for name, positions in further.items():
             wanted[name] = everywhere if wanted.get(name) == everywhere else sorted({*positions, *wanted.get(name, ())})
         state = model.new_state(len(tokens))
@@ -143,5 +143,6 @@ class Base:
         return InferenceState([found] * model.config.n_layers, start)
 
 
-def _memory(model: HookedJamba) -> list[str]:
+def memory_points(model: HookedJamba) -> list[str]:
+    """What a Mamba layer remembers, as hook points."""
     return [STATE, CONV_STATE] if model.config.d_conv > 1 else [STATE]

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import xarray as xr
 
+from jambascope.errors import InputError
 from jambascope.files import write_table
 
 LEAST_DIFFERENCE = 1e-3
@@ -18,12 +19,12 @@ LEAST_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class PatchSweep:
-    """The metrics of every cell; NaN where a layer has no such component, and in cells that were not reached."""
+class Effects:
+    """The metrics of runs with one thing changed, beside those of the clean and the corrupted run."""
 
     values: dict[str, xr.DataArray]
-    """Node -> the metrics of runs with one cell patched: axes metric, pair, layer, position, and head, expert or
-    channels where cells are those."""
+    """Name -> the metrics: axes metric, pair, and those of the cells; NaN in cells that do not exist or were not
+    reached."""
     clean: xr.DataArray
     """The metrics of the clean runs: axes metric, pair."""
     corrupted: xr.DataArray
@@ -42,6 +43,10 @@ class PatchSweep:
         """The metrics of the runs whose values were put in."""
         return self.clean if self.direction == "denoise" else self.corrupted
 
+    def changes(self) -> dict[str, xr.DataArray]:
+        """``patched - base``, in the metrics' own units."""
+        return {name: values - self.base for name, values in self.values.items()}
+
     def effects(self, least_difference: float = LEAST_DIFFERENCE) -> dict[str, xr.DataArray]:
         """``(patched - base) / (source - base)``: 0 where a patch does nothing, 1 where it does what the whole source
         run would. NaN for pairs whose runs differ by less than ``least_difference``; ``values`` still has them."""
@@ -50,20 +55,35 @@ class PatchSweep:
         return {name: (values - self.base) / difference for name, values in self.values.items()}
 
     def table(self, least_difference: float = LEAST_DIFFERENCE) -> pd.DataFrame:
-        """One row for each metric, pair and cell that exists: node, layer, position, unit (the head, expert or group
-        of channels), value, effect, clean, corrupted."""
+        """One row for each metric, pair and cell that was reached: the axes, value, effect, clean, corrupted."""
         effects = self.effects(least_difference)
         frames = []
         for name, values in self.values.items():
-            both = xr.Dataset(
-                {"value": values, "effect": effects[name], "clean": self.clean, "corrupted": self.corrupted}
-            )
-            frame = both.to_dataframe().reset_index().dropna(subset="value")
-            unit = next((dim for dim in values.dims[4:]), None)
-            frame = frame.rename(columns={unit: "unit"}) if unit else frame.assign(unit=0)
-            frames.append(frame.assign(node=name, of=unit or ""))
+            columns = {"value": values, "effect": effects[name], "clean": self.clean, "corrupted": self.corrupted}
+            frame = xr.Dataset(columns).to_dataframe().reset_index().dropna(subset="value")
+            frames.append(self._named(name, values, frame))
+        return pd.concat(frames, ignore_index=True)
+
+    def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
+        return frame[[*values.dims, "value", "effect", "clean", "corrupted"]]
+
+    def save(self, path: str | Path) -> None:
+        """The table as parquet, whole or not at all."""
+        table = self.table()
+        if "position" in table:
+            table["position"] = table["position"].astype(str)
+        write_table(Path(path), pa.Table.from_pandas(table, preserve_index=False))
+
+
+class PatchSweep(Effects):
+    """The metrics of every cell of a sweep: ``values`` by node, with axes metric, pair, layer, position, and head,
+    expert or channels where cells are those."""
+
+    def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
+        unit = next(iter(values.dims[4:]), None)
+        frame = frame.rename(columns={unit: "unit"}) if unit else frame.assign(unit=0)
         columns = ["node", "layer", "position", "of", "unit", "metric", "pair", "value", "effect", "clean", "corrupted"]
-        return pd.concat(frames, ignore_index=True)[columns]
+        return frame.assign(node=name, of=unit or "")[columns]
 
     def top(self, k: int = 10, metric: str | None = None) -> pd.DataFrame:
         """The cells with the largest mean effect over pairs, by size: node, layer, position, of, unit, effect."""
@@ -72,8 +92,10 @@ class PatchSweep:
         cells = table.groupby(["node", "layer", "position", "of", "unit"], sort=False)["effect"].mean().reset_index()
         return cells.iloc[np.argsort(-cells["effect"].abs().fillna(-1).to_numpy(), kind="stable")[:k]]
 
-    def save(self, path: str | Path) -> None:
-        """The table as parquet, whole or not at all."""
-        table = self.table()
-        table["position"] = table["position"].astype(str)
-        write_table(Path(path), pa.Table.from_pandas(table, preserve_index=False))
+
+class SweepError(InputError):
+    """A metric that was not finite at some cell; ``result`` is what was known by then."""
+
+    def __init__(self, message: str, result: PatchSweep) -> None:
+        super().__init__(message)
+        self.result = result

@@ -51,7 +51,7 @@ def train(
 
     Raises:
         ConfigError: an unknown recipe, numbers out of range, ``out`` a file.
-        CheckpointError: resuming a run of another recipe, steps, seed or learning rate.
+        CheckpointError: resuming a run of another recipe, curriculum, steps, seed or learning rate.
     """
     chosen = recipe(name, steps=steps, seed=seed, learning_rate=learning_rate)
     out = Path("runs/zoo", name, f"seed-{chosen.spec.seed}") if out is None else Path(out)
@@ -72,7 +72,15 @@ def train(
             _save(model, out / "snapshots" / f"step-{step:05d}")
 
     log = training.fit(
-        model, chosen.spec, batches(chosen), out / "training", progress.summary, resume, progress=True, after_step=keep
+        model,
+        chosen.spec,
+        batches(chosen),
+        out / "training",
+        progress.summary,
+        resume,
+        progress=True,
+        after_step=keep,
+        data=curriculum(chosen),
     )
     _save(model, out)
     _write_record(out / RECORD, name, chosen, log)
@@ -97,10 +105,14 @@ def _is_finished(out: Path, name: str, chosen: Recipe) -> bool:
     return True
 
 
+def curriculum(chosen: Recipe) -> str:
+    """What a recipe's batches are told by, as JSON."""
+    return json.dumps([dataclasses.asdict(stage) for stage in chosen.stages])
+
+
 def _identity(name: str, chosen: Recipe) -> dict[str, Any]:
     """What a run is told by."""
-    stages = [dataclasses.asdict(stage) for stage in chosen.stages]
-    return {"name": name, "spec": dataclasses.asdict(chosen.spec), "stages": stages}
+    return {"name": name, "spec": dataclasses.asdict(chosen.spec), "stages": json.loads(curriculum(chosen))}
 
 
 def _forget(out: Path) -> None:

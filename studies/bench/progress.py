@@ -1,4 +1,4 @@
-"""What is running and how much is left, on stderr: a bar on a terminal, a line for each race otherwise."""
+"""What is running and how much is left, on stderr: a bar on a terminal, a line for each part otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 @contextmanager
 def show_progress(total: int) -> Iterator[Callable[[int, str], None]]:
-    """A function to call with the number of races done and what is being done."""
+    """A function to call with the number of parts done and what is being done."""
     console = Console(stderr=True)
     if console.is_terminal:
         with _bar(console, total) as update:
@@ -28,9 +28,18 @@ def show_progress(total: int) -> Iterator[Callable[[int, str], None]]:
 
 @contextmanager
 def _bar(console: Console, total: int) -> Iterator[Callable[[int, str], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True) as bar:
+    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    columns = BarColumn(bar_width=20), MofNCompleteColumn(), *times, TextColumn("{task.description}")
+    # Speed is that of the last hour: a part may take minutes.
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as bar:
         task = bar.add_task("", total=total)
         yield lambda done, doing: bar.update(task, completed=done, description=doing)

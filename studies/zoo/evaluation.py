@@ -142,19 +142,10 @@ def _open(directory: Path, model: str) -> Run:
         model=model,
         seed=int(record.get("spec", {}).get("seed", UNKNOWN_SEED)),
         directory=directory,
-        identity=_identity(directory),
+        identity=checkpoint.identity(directory),
         steps=record.get("steps"),
         tokens=record.get("tokens"),
     )
-
-
-def _identity(directory: Path) -> str:
-    """sha256 of config.json and every file of weights."""
-    files = [directory / "config.json", *sorted(set(checkpoint.locate_tensors(directory).values()))]
-    digest = sha256()
-    for file in files:
-        digest.update(sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 # -- what they say -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from jambascope.errors import CheckpointError, ConfigError
 from jambascope.files import write_json
 from jambascope.training import CHECKPOINT, LOG
 from jambascope.zoo import recipes
-from jambascope.zoo.train import RECORD
+from jambascope.zoo.train import RECORD, curriculum
 
 COMMAND = [sys.executable, "-m", "jambascope.studies.zoo.child"]
 FAILED, OUTPUT = "failed.json", "train.log"
@@ -92,8 +92,7 @@ def state(job: Job) -> State:
         return State()
     if (record := _read(job.directory / RECORD)) is not None:
         _same(job, "spec", record["spec"])
-        if record.get("stages") != _as_stored([dataclasses.asdict(stage) for stage in job.recipe.stages]):
-            raise ConfigError(f"{job.directory} holds a run of another curriculum; {AWAY}")
+        _same_curriculum(job, record.get("stages"))
         _same_checkpoint(job)
         found = record["evaluation"]
         common: dict[str, Any] = dict(step=record["steps"], seconds=record["seconds"], loss=found["lm"])
@@ -177,6 +176,11 @@ def _same(job: Job, part: str, found: Any) -> None:
         raise ConfigError(f"{job.directory} holds a run of another {part}: {differing}; {AWAY}")
 
 
+def _same_curriculum(job: Job, found: Any) -> None:
+    if found != json.loads(curriculum(job.recipe)):
+        raise ConfigError(f"{job.directory} holds a run of another curriculum; {AWAY}")
+
+
 def _same_checkpoint(job: Job) -> int:
     """Steps in the job's checkpoint, 0 when there is none."""
     path = job.directory / "training" / CHECKPOINT
@@ -185,11 +189,14 @@ def _same_checkpoint(job: Job) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata()
-        spec, config, step = json.loads(stored["spec"]), json.loads(stored["config"]), int(stored["step"])
+        spec, config, stages = (json.loads(stored.get(key, "null")) for key in ("spec", "config", "data"))
+        step = int(stored["step"])
     except Exception as e:  # safetensors raises its own error, the system others
         raise CheckpointError(
             f"{path} cannot be read ({e}); move {job.directory} away to train that run anew"
         ) from None
     _same(job, "spec", spec)
     _same(job, "config", config)
+    if stages is not None:  # training refuses to go on from one that does not say
+        _same_curriculum(job, stages)
     return step

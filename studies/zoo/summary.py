@@ -100,9 +100,13 @@ def stacked(
 
 
 def estimate(
-    samples: Float[torch.Tensor, "seed document cell part"],
+    samples: Float[torch.Tensor, "seed document cell part"], hits: bool = True
 ) -> tuple[Float[torch.Tensor, " cell"], ...]:
-    """Mean, lower and upper end of the 95 % interval, and number of documents with a value, of every cell."""
+    """Mean, lower and upper end of the 95 % interval, and number of documents with a value, of every cell.
+
+    Args:
+        hits: whether values that are all 0 or 1 are hits and misses, so that the interval holds Wilson's.
+    """
     one = len(samples) == 1
     means = torch.stack([statistic(seed.nanmean(0)) for seed in samples]).nanmean(0)
     known = ~samples.isnan().any(-1)
@@ -115,10 +119,10 @@ def estimate(
             low, high = corrected_interval(means, drawn, counts)
         else:
             low, high = percentiles(drawn)
-    hits = samples[..., 0].nan_to_num()
+    values = samples[..., 0].nan_to_num()
     # Seeds read the same documents: that many times over they say no more about those that were not drawn.
-    low_wilson, high_wilson = wilson(hits.sum((0, 1)) / len(samples), counts / len(samples))
-    binary = ((hits == 0) | (hits == 1)).all(0).all(0) & (samples.shape[-1] == 1) & (counts > 0)
+    low_wilson, high_wilson = wilson(values.sum((0, 1)) / len(samples), counts / len(samples))
+    binary = ((values == 0) | (values == 1)).all(0).all(0) & (samples.shape[-1] == 1) & (counts > 0) & hits
     low = torch.where(binary, torch.minimum(low, low_wilson), low)
     high = torch.where(binary, torch.maximum(high, high_wilson), high)
     few = known.any(0).sum(0) < 2  # documents, however many seeds read them

@@ -197,13 +197,13 @@ def test_heads_are_ranked_among_random_ones():
 
 
 def test_random_heads_are_others_and_different(deep):
-    drawn = label_ablation._random_heads(deep, ((0, 0), (2, 1)), draws=10, seed=0)
+    drawn = label_ablation.random_head_sets(deep, ((0, 0), (2, 1)), draws=10, seed=0)
     assert len(set(drawn)) == 10
     for heads in drawn:
         assert len(set(heads)) == 2 and not {(0, 0), (2, 1)} & set(heads)
     # Six heads are left: C(6, 4) = 15 sets of 4 do not exist when 4 of 8 are taken; then there is one.
     taken = tuple(itertools.product((0, 2), (0, 1)))
-    assert label_ablation._random_heads(deep, taken, draws=10, seed=0) == (tuple(itertools.product((0, 2), (2, 3))),)
+    assert label_ablation.random_head_sets(deep, taken, draws=10, seed=0) == (tuple(itertools.product((0, 2), (2, 3))),)
 
 
 def test_heads_are_chosen_on_one_half_and_confirmed_on_the_other(deep):

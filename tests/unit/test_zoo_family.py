@@ -178,6 +178,20 @@ def test_a_run_of_another_curriculum_is_refused(started, tmp_path, monkeypatch):
         Family(["jamba-micro"], tmp_path)
 
 
+def test_a_run_begun_on_another_curriculum_is_refused(tiny_recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "summary", lambda model: {})
+    job = zoo_family.search_job("jamba-micro", tmp_path, 1.5e-3)
+    train_model("jamba-micro", job.directory, steps=40, seed=0, learning_rate=1.5e-3)
+    (job.directory / RECORD).unlink()
+    assert jobs.state(job).step == 40
+    stages = (recipes.Stage(until=None, batch_size=1, sequence_length=16),)
+    monkeypatch.setitem(recipes.RECIPES, "jamba-micro", dataclasses.replace(two()["jamba-micro"], stages=stages))
+    with pytest.raises(ConfigError, match="holds a run of another curriculum"):
+        jobs.state(zoo_family.search_job("jamba-micro", tmp_path, 1.5e-3))
+    with pytest.raises(CheckpointError, match="was written with another data"):
+        train_model("jamba-micro", job.directory, steps=40, seed=0, learning_rate=1.5e-3, resume=True)
+
+
 def test_a_run_that_lies_where_the_chosen_one_is_linked_is_kept(started, tmp_path):
     (tmp_path / "jamba-micro" / "seed-0").mkdir(parents=True)
     with pytest.raises(ConfigError, match="seed-0 is a run of its own, where the search's chosen one belongs"):

@@ -1,0 +1,173 @@
+"""What every sweep is told, checked: two prompts that correspond, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from jambascope.errors import InputError
+from jambascope.hook_point import listeners
+from jambascope.hooks.sweep.metrics import Metric, Reference, as_metrics, token_ids
+
+if TYPE_CHECKING:
+    from jambascope.model import HookedJamba, Input
+
+Direction = Literal["denoise", "noise"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two runs of prompt pairs, and the metrics."""
+
+    model: HookedJamba
+    base: Int[torch.Tensor, "pair pos"]
+    """What is patched into, up to the last position that is read."""
+    source: Int[torch.Tensor, "pair pos"]
+    """Whose values are put in."""
+    metrics: tuple[Metric, ...]
+    reads: dict[str, tuple[int, ...]]
+    """Metric -> its positions."""
+    direction: Direction
+    prompt_length: int
+    """Positions after the last that is read included."""
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedJamba,
+        clean: Input,
+        corrupted: Input,
+        metric: Metric | Callable | Sequence[Metric | Callable],
+        direction: Direction = "denoise",
+    ) -> Question:
+        """
+        Raises:
+            InputError: prompts that do not correspond, a metric that asks for what is not there, or hooks attached.
+        """
+        if direction not in ("denoise", "noise"):
+            raise InputError(f"direction={direction!r} must be 'denoise' or 'noise'")
+        if any(listeners(model)):
+            raise InputError(
+                "the model has hooks attached, which would act on every cell; model.reset_hooks() takes them off"
+            )
+        clean, corrupted = prompt_pairs(model, clean, corrupted)
+        metrics, length = tuple(as_metrics(metric)), clean.shape[1]
+        reads = {m.name: tuple(position(p, length, f"{m.name}: positions") for p in m.positions) for m in metrics}
+        last = max(p for of_metric in reads.values() for p in of_metric)
+        base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+        return cls(model, base[:, : last + 1], source[:, : last + 1], metrics, reads, direction, length)
+
+    @property
+    def all_reads(self) -> tuple[int, ...]:
+        """Ascending."""
+        return tuple(sorted({p for reads in self.reads.values() for p in reads}))
+
+    @property
+    def pairs(self) -> int:
+        return len(self.base)
+
+    @property
+    def length(self) -> int:
+        """Positions that matter."""
+        return self.base.shape[1]
+
+    @property
+    def same_up_to(self) -> list[int]:
+        """The first position in which the prompts of each pair differ."""
+        differ = self.base != self.source
+        return torch.where(differ.any(1), differ.int().argmax(1), self.length).tolist()
+
+
+class Measure:
+    """The metrics of rows of logits."""
+
+    def __init__(
+        self,
+        question: Question,
+        base_logits: Float[torch.Tensor, "pair pos vocab"],
+        source_logits: Float[torch.Tensor, "pair pos vocab"],
+    ) -> None:
+        """
+        Raises:
+            InputError: tokens that do not exist.
+        """
+        reads = list(question.all_reads)
+        runs = (source_logits, base_logits) if question.direction == "denoise" else (base_logits, source_logits)
+        self.question, self.clean, self.corrupted = question, *(logits[:, reads] for logits in runs)
+        self._ids = {m.name: token_ids(question.model, m, question.pairs) for m in question.metrics}
+        self._places = {m.name: [reads.index(p) for p in question.reads[m.name]] for m in question.metrics}
+
+    def __call__(
+        self, logits: Float[torch.Tensor, "row read vocab"], pairs: Int[torch.Tensor, " row"]
+    ) -> Float[torch.Tensor, "metric row"]:
+        """In float64, on the logits' device.
+
+        Raises:
+            InputError: a metric that does not give a number for each row.
+        """
+        found = []
+        for metric in self.question.metrics:
+            at = self._places[metric.name]
+            reference = Reference(pairs, self.clean[:, at], self.corrupted[:, at], self._ids[metric.name])
+            value = metric.function(logits[:, at], reference)
+            if not isinstance(value, torch.Tensor) or value.shape != pairs.shape:
+                shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                raise InputError(f"{metric.name} gave {shape} for {len(pairs)} rows; it must give a number for each")
+            found.append(value.double())
+        return torch.stack(found)
+
+    def runs(self) -> dict[str, np.ndarray]:
+        """Run -> its metrics, [metric pair].
+
+        Raises:
+            InputError: one that is not finite.
+        """
+        pairs, found = torch.arange(self.question.pairs, device=self.clean.device), {}
+        for name, logits in (("clean", self.clean), ("corrupted", self.corrupted)):
+            found[name] = self(logits, pairs).cpu().numpy()
+            for metric, values in zip(self.question.metrics, found[name], strict=True):
+                if not np.isfinite(values).all():
+                    pair = int(np.flatnonzero(~np.isfinite(values))[0])
+                    raise InputError(
+                        f"{metric.name} is {values[pair]} in the {name} run of pair {pair}; it must be finite"
+                    )
+        return found
+
+
+def prompt_pairs(
+    model: HookedJamba, clean: Input, corrupted: Input
+) -> tuple[Int[torch.Tensor, "pair pos"], Int[torch.Tensor, "pair pos"]]:
+    """Checked ids of prompts that correspond token by token.
+
+    Raises:
+        InputError: prompts of different lengths or numbers, or padding.
+    """
+    found = []
+    for name, given in (("clean", clean), ("corrupted", corrupted)):
+        tokens, mask = model._prepare(given, None, None, None)
+        if mask is not None and not bool(mask.all()):
+            lengths = ", ".join(map(str, sorted(set(mask.sum(1).tolist()))))
+            raise InputError(f"{name} has prompts of {lengths} tokens; sweep each length on its own")
+        found.append(tokens)
+    if found[0].shape != found[1].shape:
+        sizes = [f"{n} x {t} tokens" for n, t in (tokens.shape for tokens in found)]
+        raise InputError(
+            f"clean has {sizes[0]} and corrupted {sizes[1]}; a patch needs prompts that correspond token by token"
+        )
+    return found[0], found[1]
+
+
+def position(value: int, length: int, field: str) -> int:
+    """A position counted from the beginning.
+
+    Raises:
+        InputError: one that the prompt does not have.
+    """
+    if not isinstance(value, int) or not -length <= value < length:
+        raise InputError(f"{field}: {value!r} is not in a prompt of {length} tokens (0..{length - 1}, or from the end)")
+    return value % length

@@ -1,0 +1,150 @@
+"""A first screen by gradients, and the truth for the cells that it names: attribution patching before patching.
+
+Two passes and a backward one estimate every cell (``jambascope.hooks.attribution_patching``); the largest estimates are
+then patched in truth, which says how far the screen can be trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xarray as xr
+
+from jambascope.errors import HookError, InputError
+from jambascope.hooks.attribution_patching import attribution_patching
+from jambascope.hooks.intervals import at_least
+from jambascope.hooks.sweep.metrics import Metric
+from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target
+from jambascope.hooks.sweep.patches import Row
+from jambascope.hooks.sweep.progress import Progress
+from jambascope.hooks.sweep.question import Direction, Measure, Question
+from jambascope.hooks.sweep.result import PatchSweep
+from jambascope.hooks.sweep.sweep import Cells, swept
+
+if TYPE_CHECKING:
+    from jambascope.model import HookedJamba, Input
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Estimates of all cells, and the truth of the largest."""
+
+    estimates: dict[str, xr.DataArray]
+    """Node -> the estimated change of the metric's mean over pairs: axes layer, position, and head or channels."""
+    true: PatchSweep
+    """The cells that were patched; NaN elsewhere."""
+
+    def compared(self) -> tuple[np.ndarray, np.ndarray]:
+        """Estimate and true change of the metric's mean over pairs, of the cells that were patched."""
+        estimated, true = [], []
+        for name, values in self.true.values.items():
+            change = (values[0] - self.true.base[0]).mean("pair").values
+            patched = ~np.isnan(change)
+            estimated.append(self.estimates[name].values[patched])
+            true.append(change[patched])
+        return np.concatenate(estimated), np.concatenate(true)
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's, of estimate and truth; nan with fewer than two cells or where one of the two does not vary."""
+        estimated, true = self.compared()
+        if len(true) < 2 or not estimated.std() or not true.std():
+            return float("nan")
+        return float(np.corrcoef(estimated, true)[0, 1])
+
+
+def screen(
+    model: HookedJamba,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric | Callable,
+    nodes: str | Node | Sequence[str | Node] = ("z", "mixer_out", "mlp_out"),
+    *,
+    top: int = 50,
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+    direction: Direction = "denoise",
+    progress: bool | Progress = True,
+    max_bytes: int = 1 << 30,
+) -> Screen:
+    """Estimate every cell, and patch the ``top`` largest estimates.
+
+    Arguments and errors are those of ``patch_sweep``; one metric, which must have a gradient; positions one by one; and
+    no windows, ``conv`` or experts' addends, which have no gradient of their own.
+    """
+    at_least("top", top)
+    question = Question.of(model, clean, corrupted, metric, direction)
+    if len(question.metrics) != 1:
+        raise InputError("metric: a screen takes one; its estimates are of one gradient")
+    cells = Cells(model, nodes, layers, positions, question.prompt_length)
+    _check(cells, question)
+    estimates = _estimates(question, cells)
+    sizes = np.concatenate([np.abs(values).ravel() for values in estimates])
+    least = np.sort(sizes[~np.isnan(sizes)])[-min(top, int((~np.isnan(sizes)).sum()))]
+
+    def wanted(row: Row) -> bool:
+        node, _, *cell = row.place
+        return abs(estimates[node][tuple(cell)]) >= least
+
+    true = swept(question, cells, progress, max_bytes, wanted)
+    named = {}
+    for (name, values), estimated in zip(true.values.items(), estimates, strict=True):
+        like = values[0, 0]
+        named[name] = like.copy(data=estimated.reshape(like.shape)).drop_vars(["metric", "pair"])
+    return Screen(named, true)
+
+
+def _check(cells: Cells, question: Question) -> None:
+    for target in cells.targets:
+        if target.tail == EXPERT_OUT or target.node.window or target.node.conv:
+            raise HookError(f"nodes: {target.node.name} has no gradient of its own; give it to patch_sweep")
+    if any(len(positions) > 1 for positions in cells.positions):
+        raise InputError("positions: a screen estimates them one by one; give single positions")
+
+
+def _estimates(question: Question, cells: Cells) -> list[np.ndarray]:
+    """Estimated change of the metric's mean, [layer position unit] of each node; 0 after the last reading."""
+    model, reads = question.model, list(question.all_reads)
+    pairs = torch.arange(question.pairs, device=model.device)
+    runs = (model(tokens).detach() for tokens in (question.base, question.source))
+    measure = Measure(question, *runs)
+    positions = sorted(p for (p,) in cells.positions if p < question.length)
+    found = []
+    for of_node in cells.nodes:
+        shape = model.config.n_layers, len(cells.positions), max(t.units for t in of_node)
+        found.append(np.full(shape, np.nan))
+        for target in of_node:
+            found[-1][target.layer, :, : target.units] = 0.0
+    if not positions:
+        return found
+    names = [target.name for target in cells.targets]
+    axes = {"T", *(target.axis for target in cells.targets if target.axis)}
+    result = attribution_patching(
+        model, question.source, question.base, lambda logits: measure(logits[:, reads], pairs)[0].mean(), names,
+        axes=sorted(axes), positions=positions,
+    )  # fmt: skip
+    columns = [i for i, (p,) in enumerate(cells.positions) if p < question.length]
+    order = [positions.index(cells.positions[i][0]) for i in columns]
+    for n, of_node in enumerate(cells.nodes):
+        for target in of_node:
+            found[n][target.layer, columns, : target.units] = _by_unit(result.estimates[target.name], target)[order]
+    return found
+
+
+def _by_unit(estimate, target: Target) -> np.ndarray:
+    """[position unit]"""
+    values, axes = estimate.values, list(estimate.axes)
+    for axis in [a for a in axes if a not in ("T", target.axis)]:
+        values = values.sum(axes.index(axis))
+        axes.remove(axis)
+    if target.axis is None:
+        return values[:, None].double().cpu().numpy()
+    values = values.movedim(axes.index("T"), 0).double().cpu().numpy()
+    if not target.node.channels:
+        return values
+    edges = range(0, values.shape[1], target.node.channels)
+    return np.add.reduceat(values, list(edges), axis=1)

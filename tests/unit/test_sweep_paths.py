@@ -1,0 +1,138 @@
+"""Path patching against its definition: three runs for each path, with everything between frozen by interventions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from jambascope.errors import HookError, InputError
+from jambascope.hooks import run
+from jambascope.hooks.interventions import AddDirection, Patch
+from jambascope.hooks.patching import get_act_patch_direct_path
+from jambascope.hooks.sweep import batches, logit_difference, path_patch
+from jambascope.hooks.sweep.nodes import expert_addend
+
+LENGTH = 5
+DIFFERENCE = logit_difference(5, 6)
+TOKENS = torch.randint(3, 29, (2, 2, LENGTH), generator=torch.Generator().manual_seed(3))
+TOKENS[1, 1, :2] = TOKENS[0, 1, :2]
+CLEAN, CORRUPTED = TOKENS
+
+
+def caches(model):
+    names = [name for name in model.hook_rows if name.startswith("blocks.")]
+    return [model.run_with_cache(tokens, names_filter=names)[1] for tokens in (CLEAN, CORRUPTED)]
+
+
+def sent(model, label, source, base):
+    """The sender's patch, as interventions."""
+    layer, component, unit = label[1:].split(" ")[0], label.split(" ")[1], label.split(" ")[2:]
+    if component == "expert_out":
+        change = expert_addend(source, int(layer), int(unit[0])) - expert_addend(base, int(layer), int(unit[0]))
+        return int(layer), "mlp_out", AddDirection("mlp_out", int(layer), value=change)
+    if component == "z":
+        return int(layer), "z", Patch.from_cache(model, source, "attn.hook_z", int(layer), heads=int(unit[0]))
+    return int(layer), component, Patch.from_cache(model, source, component, int(layer))
+
+
+def by_hand(model, sender, receiver, source, base, through):
+    """One path: what reaches the receiver with all else frozen, patched into a run of its own."""
+    layer, component, patch = sent(model, sender, source, base)
+    frozen = []
+    for i, (mixer, feed) in enumerate(zip(model.config.mixers, model.config.feed_forwards, strict=True)):
+        out = "attn_out" if mixer == "attention" else "mixer_out"
+        if not (i == layer and component in (out, "z")):
+            frozen.append(Patch.from_cache(model, base, out, i))
+        if feed != "none" and not (i == layer and component == "mlp_out") and through == "stream":
+            frozen.append(Patch.from_cache(model, base, "mlp_out", i))
+    if receiver == "logits":
+        return run(model, CORRUPTED, [*frozen, patch]).logits
+    at, point, *unit = receiver[1:].split(" ")
+    tail = {"in_proj": "mixer.hook_in_proj", "mlp_out": "hook_mlp_out"}.get(point, f"attn.hook_{point}")
+    name = f"blocks.{at}.{tail}"
+    if point == "mlp_out":
+        frozen = [f for f in frozen if (f.component, f.layer) != ("mlp_out", int(at))]
+    seen = run(model, CORRUPTED, [*frozen, patch], capture=[name]).cache
+    heads = {"heads": int(unit[0])} if unit else {}
+    return run(model, CORRUPTED, [Patch.from_cache(model, seen, tail, int(at), **heads)]).logits
+
+
+def naive(model, labels, receivers, through):
+    """[pair sender receiver], NaN where the receiver is the sender itself."""
+    source, base = caches(model)
+    found = np.full((2, len(labels), len(receivers)), np.nan)
+    for i, sender in enumerate(labels):
+        for j, receiver in enumerate(receivers):
+            if receiver.split(" ")[:2] not in (
+                sender.split(" ")[:2],
+                [sender.split(" ")[0], "mlp_out"] * ("expert" in sender),
+            ):
+                logits = by_hand(model, sender, receiver, source, base, through)[:, -1].detach()
+                found[:, i, j] = logits[:, 5] - logits[:, 6]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "through"),
+    [("hybrid", "stream"), ("mamba2", "feed_forwards"), ("no-moe", "stream"), ("one-slot", "feed_forwards")],
+)
+def test_every_path_is_what_three_runs_give(kind, through, model_of_kind, monkeypatch):
+    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 32)
+    model = model_of_kind(kind)
+    senders = ["z", "mixer_out", "mlp_out"] + ["expert_out"] * ("moe" in model.config.feed_forwards)
+    found = path_patch(model, CLEAN, CORRUPTED, DIFFERENCE, senders, through=through, progress=False)
+    values = found.values["paths"].sel(metric="logit_difference")
+    expected = naive(model, values.sender.values, values.receiver.values, through)
+    there = values.notnull().values
+    np.testing.assert_allclose(values.values[there], expected[there], rtol=1e-9, atol=1e-9)
+    others = ~there & ~np.isnan(expected)  # what is left out could not matter
+    np.testing.assert_allclose(
+        expected[others], np.broadcast_to(found.base.values[0][:, None, None], there.shape)[others]
+    )
+    assert found.complete and there[..., -1].all() and not there.all()
+
+
+def test_it_is_the_direct_path_of_transformer_lens(model_of_kind):
+    model = model_of_kind("attention")
+    clean, corrupted = (model.run_with_cache(tokens[:1])[1] for tokens in (CLEAN, CORRUPTED))
+    found = path_patch(model, CLEAN[:1], CORRUPTED[:1], DIFFERENCE, "z", ["q", "k", "v"], layers=[0], progress=False)
+    values = found.values["paths"].sel(metric="logit_difference", pair=0)
+    for component, n in (("q", 4), ("k", 2), ("v", 2)):
+        for head in range(4):
+            theirs = get_act_patch_direct_path(
+                model, CORRUPTED[:1], clean, corrupted, lambda x: x[0, -1, 5] - x[0, -1, 6], 0, head, component
+            )
+            ours = values.sel(sender=f"L0 z {head}", receiver=[f"L1 {component} {i}" for i in range(n)])
+            np.testing.assert_allclose(ours, theirs[1].double(), rtol=1e-6)
+
+
+def test_all_that_is_sent_to_the_logits_is_the_whole_effect_of_the_last_layer(model_of_kind):
+    model = model_of_kind("hybrid")
+    last = path_patch(
+        model, CLEAN, CORRUPTED, DIFFERENCE, ["mixer_out", "mlp_out"], "logits", layers=[3], progress=False
+    )
+    assert last.table().shape[0] == 2 * 2 and list(last.values["paths"].receiver.values) == ["logits"]
+    assert last.table()["effect"].notna().all()
+
+
+def test_stopped_it_keeps_what_is_done(model_of_kind):
+    found = path_patch(model_of_kind("hybrid"), CLEAN, CORRUPTED, DIFFERENCE, progress=lambda share, _: share < 0.5)
+    done = found.values["paths"].notnull()
+    assert not found.complete and done.any() and not done.sel(receiver="logits").any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(senders="q"), "q does not write to the stream"),
+        (dict(receivers="z"), "'z' must be one of q, k, v"),
+        (dict(through="mlps"), "through='mlps' must be"),
+        (dict(corrupted=CORRUPTED[:1]), "clean has 2 x 5 tokens and corrupted 1 x 5"),
+    ],
+    ids=["sender", "receiver", "through", "prompts"],
+)
+def test_what_cannot_be_is_refused(change, message, model_of_kind):
+    given = dict(clean=CLEAN, corrupted=CORRUPTED, metric=DIFFERENCE, progress=False) | change
+    with pytest.raises((HookError, InputError), match=message):
+        path_patch(model_of_kind("hybrid"), **given)
