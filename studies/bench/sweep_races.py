@@ -123,5 +123,5 @@ def sweep_products(model: HookedJamba, tokens: torch.Tensor, cells: Sequence[int
 
 SWEEP = Race(
     "sweep", "Patching the stream at every layer and position", sweep_sides, bounds=(PRODUCTS,), lengths=LENGTHS,
-    d_models=(128,), one_row=True, quantity="ms per cell", patience=10, opt_in=True,
+    d_models=(128,), one_row=True, quantity="ms per cell", patience=30, opt_in=True,
 )  # fmt: skip
