@@ -41,7 +41,7 @@ def starts_of(model: HookedJamba, rows: Sequence[Row], length: int, pairs: int, 
     wide = min(WIDEST, max(1, round(tokens_at_once(model) / (len(rows) / len(firsts) * length / 2))))
     names = [f"blocks.{layer}.{tail}" for layer in model.config.ssm_layers for tail in memory_points(model)]
     state = sum(model.hook_rows[name].nbytes(model.config, pairs, 1, model.dtype) for name in names)
-    wide = max(wide, math.ceil(len(firsts) * state / max_bytes))
+    wide = max(wide, math.ceil((firsts[-1] - firsts[0] + 1) * state / max_bytes))
     return sorted({p - (p - firsts[0]) % wide for p in firsts})
 
 
