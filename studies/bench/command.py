@@ -22,8 +22,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[RACE]...",
-            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, sweep (activation "
-            "patching, minutes) or long (contexts to 262,144, minutes). [default: all but sweep and long]",
+            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, sweep "
+            "(activation patching, minutes) or long (contexts to 262,144, minutes). [default: all but sweep and long]",
         ),
     ] = None,
     d_model: Annotated[

@@ -30,7 +30,7 @@ from jambascope.studies.bench.timing import Side
 
 LENGTHS = (64, 256)
 MOST_CELLS = 512
-"""Longer prompts are patched at as many positions, evenly spaced, that there are not more; each with all that follows."""
+"""Longer prompts are patched at so many positions, evenly spaced, that there are not more."""
 SAMPLE = 8
 """Cells of a loop that are timed: each is one whole pass, so they cost the same."""
 PIECE = 2048
