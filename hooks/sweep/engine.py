@@ -9,6 +9,7 @@ mixer. R row, read: the positions whose logits are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,8 +109,8 @@ class Engine:
         run = Run(len(x), x.shape[1], x.device, None, self.base.memory(model, layer, pairs, start))
         model._clock.start, model._clock.length = start, x.shape[1]
         if reads is not None:
-            return block.feed(block.mix(x, run)[:, reads], run)
-        with model.hooks(list(hooks)):
+            return block.feed(block.mix(x, run, reads), run)
+        with model.hooks(list(hooks)) if hooks else nullcontext():
             return block(x, run)
 
 
