@@ -32,9 +32,9 @@ def directory(small_model, tmp_path_factory):
 def test_help_lists_every_command_with_its_purpose():
     result = run("--help")
     assert result.returncode == 0
-    for command in ("dashboard", "inspect", "hooks", "generate", "zoo", "bench", "verify"):
+    for command in ("dashboard", "inspect", "hooks", "generate", "zoo", "bench", "study", "verify"):
         assert f"  {command} " in result.stdout
-    for command in ("dashboard", "inspect", "hooks", "generate", "bench", "zoo", "verify"):
+    for command in ("dashboard", "inspect", "hooks", "generate", "bench", "zoo", "study", "verify"):
         assert "Usage:" in run(command, "--help").stdout
 
 
@@ -48,7 +48,8 @@ try:
 except SystemExit:
     pass
 import jambascope
-heavy = {"torch", "numba", "transformers", "transformer_lens", "streamlit", "plotly", "pandas"} & set(sys.modules)
+heavy = {"torch", "numba", "transformers", "transformer_lens", "streamlit", "plotly", "pandas", "pydantic", "ray"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0

@@ -51,6 +51,7 @@ print(jambascope.__file__, *names)
         "studies.figures",
         "studies.bench",
         "studies.zoo",
+        "studies.runner",
         "dashboards.command",
         "kernels.selective_scan.cpu",
     ):
