@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -43,7 +44,7 @@ class InductionSpec(Spec):
     batch_size: int = Field(16, ge=1, description="Sequences run at a time.")
 
 
-def check(spec: InductionSpec, config: JambaConfig) -> None:
+def check(spec: InductionSpec, config: JambaConfig, directory: Path) -> None:
     head_ablation.check_counts(config, spec.k)
     if 2 * spec.length + 1 > config.n_ctx:
         raise ConfigError(f"length={spec.length} said twice exceeds its context of {config.n_ctx}; make length smaller")

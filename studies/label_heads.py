@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
+from jambascope import checkpoint
 from jambascope.config import JambaConfig
 from jambascope.hooks.label_ablation import Head, ablate_heads, label_mass, mean_head_outputs, metric_without
 from jambascope.hooks.labels import FewShotPrompt, LabelAttention, label_attention
 from jambascope.model import HookedJamba, initialize
 from jambascope.studies import head_ablation
 from jambascope.studies.figures.heads import score_map
-from jambascope.studies.prompts import few_shot_reviews
+from jambascope.studies.prompts import check_tokenizer, few_shot_reviews
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study
 from jambascope.studies.runner.summary import number, one, summarize
@@ -43,8 +45,9 @@ class LabelSpec(Spec):
     batch_size: int = Field(16, ge=1, description="Prompts run at a time.")
 
 
-def check(spec: LabelSpec, config: JambaConfig) -> None:
+def check(spec: LabelSpec, config: JambaConfig, directory: Path) -> None:
     head_ablation.check_counts(config, spec.k)
+    check_tokenizer(checkpoint.load_tokenizer(directory))
 
 
 def right_among_labels(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,13 +20,23 @@ def few_shot_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) ->
     :func:`review_prompts` draws them, for any other through its tokenizer.
 
     Raises:
-        InputError: a model without a tokenizer, or one whose tokens of an episode's labels begin alike.
+        InputError: as :func:`check_tokenizer`, and for labels whose first tokens are always the same.
     """
-    if model.tokenizer is None:
-        raise InputError("it has no tokenizer, and reviews are text; give a checkpoint with a tokenizer")
+    check_tokenizer(model.tokenizer)
     if model.tokenizer.get_vocab() == VOCABULARY:
         return review_prompts(prompts, shots, seed=seed)
     return tokenized_reviews(model, prompts, shots, seed)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """
+    Raises:
+        InputError: no tokenizer, or one that does not say where in the text a token comes from.
+    """
+    if tokenizer is None:
+        raise InputError("it has no tokenizer, and reviews are text; give a checkpoint with a tokenizer")
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("its tokenizer does not say where tokens come from; give a checkpoint with tokenizer.json")
 
 
 def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -> list[FewShotPrompt]:
@@ -34,11 +44,8 @@ def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -
     through the model's tokenizer. A label stands for its first token; the last one is left to be predicted.
 
     Raises:
-        InputError: labels whose first tokens are the same in every episode, or a tokenizer that does not say where in
-            the text a token comes from.
+        InputError: labels whose first tokens are the same in every episode.
     """
-    if not getattr(model.tokenizer, "is_fast", False):
-        raise InputError("its tokenizer does not say where tokens come from; give a checkpoint with tokenizer.json")
     rng = np.random.default_rng([seed, shots])
     drawn: list[FewShotPrompt] = []
     for _ in range(20 * prompts):

@@ -370,7 +370,7 @@ estimates(
 
 def shown(change: torch.Tensor) -> str:
     low, high = bootstrap_interval(change)
-    return f"{change.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{change.mean():+z.2f} [{low:+z.2f}, {high:+z.2f}]"
 
 
 between = [position for position in changes["states"] if said < position < last - 4]

@@ -174,6 +174,11 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.path / RESULTS).exists()
 
+    @property
+    def whole(self) -> bool:
+        """Done, reported and cleared up."""
+        return self.done and (self.path / REPORT).exists() and not (self.path / CELLS).exists()
+
     def gather(self, cells: Sequence[Cell]) -> None:
         """Make the results of the cells, all of which are finished."""
         found = [self.read_cell(i, cell) for i, cell in enumerate(cells)]

@@ -154,7 +154,8 @@ def _opened(directory: RunDirectory) -> tuple[Study, Spec, tuple[ModelOfRun, ...
 def _check(study: Study, spec: Spec, models: Sequence[ModelOfRun]) -> None:
     for model in models:
         try:
-            study.check(spec, checkpoint.read_config(Path(model.directory))[0])
+            directory = Path(model.directory)
+            study.check(spec, checkpoint.read_config(directory)[0], directory)
         except JambascopeError as e:
             raise type(e)(f"{study.name} of {model.model}: {e}") from None
 
@@ -168,6 +169,8 @@ def _go_on(
     tell: Callable[[int], Told] | None,
 ) -> Run:
     cells, measured = study.cells(spec), 0
+    if directory.whole:  # nothing to do, which takes no right to write
+        return Run(directory.path, study, spec, 0, len(cells))
     with directory.lock():
         if not directory.done:
             measured = _measure_missing(directory, study, spec, models, workers, tell)

@@ -87,8 +87,9 @@ class Study:
     tables: Callable[[Any, pd.DataFrame], Sequence[tuple[str, pd.DataFrame]]] = lambda spec, rows: ()
     """Further tables of the report, with their titles."""
     cells: Callable[[Any], list[Cell]] = grid
-    check: Callable[[Any, JambaConfig], None] = lambda spec, config: None
-    """Raises for a model that the study cannot be asked of; called for every model before any is opened."""
+    check: Callable[[Any, JambaConfig, Path], None] = lambda spec, config, directory: None
+    """(spec, configuration, checkpoint directory): raises for a model that the study cannot be asked of; called for
+    every model before any is opened."""
 
 
 def load(source: str) -> Study:

@@ -58,7 +58,7 @@ def _fail(spec: NormSpec) -> None:
     raise {"interrupt": KeyboardInterrupt, "raise": ZeroDivisionError}[spec.fault]("on demand")
 
 
-def check(spec: NormSpec, config) -> None:
+def check(spec: NormSpec, config, directory) -> None:
     if spec.layer >= config.n_layers:
         raise ConfigError(f"layer={spec.layer} must be below {config.n_layers}")
 

@@ -53,6 +53,7 @@ print(jambascope.__file__, *names)
         "studies.figures",
         "studies.bench",
         "studies.zoo",
+        "studies.runner",
         "dashboards.command",
         "kernels.selective_scan.cpu",
     ):

@@ -200,14 +200,18 @@ def test_ended_between_results_and_report_it_only_reports(ask, tmp_path, monkeyp
     assert (path / "report.html").exists() and not (path / "cells").exists()
 
 
-def test_two_processes_do_not_work_on_one_run(ask):
-    path = ask().path
+def test_two_processes_do_not_work_on_one_run(ask, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        ask(log=str(tmp_path / "log"), fault="interrupt")
+    path = the_run(tmp_path)
     with RunDirectory.open(path).lock():
         with pytest.raises(RunError, match="in use by process"):
             running.resume(path)
         with pytest.raises(RunError, match="in use by process"):
             running.rewrite_report(path)
-    assert running.resume(path).measured == 0
+    assert running.resume(path).measured == 2
+    with RunDirectory.open(path).lock():  # a finished one is only read
+        assert running.resume(path).measured == 0
 
 
 # -- damage --------------------------------------------------------------------------------------------------
