@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
 
+from jambascope.hooks.intervals import bootstrap_interval
 from jambascope.studies.figures.theme import FIRST, GUIDE, SECOND, frame
 
 GRID = "rgba(128,128,128,0.25)"
@@ -28,6 +31,16 @@ class Estimate(NamedTuple):
     high: float = math.nan
     chance: tuple[float, float] | None = None
     """What chance gives: the ends of its range, the same twice for a single level."""
+
+    @classmethod
+    def of(cls, place: str, series: str, samples: Float[torch.Tensor, " n"]) -> Estimate:
+        """The mean of samples with its bootstrap interval."""
+        low, high = bootstrap_interval(samples)
+        return cls(place, series, float(samples.mean()), float(low), float(high))
+
+    def __str__(self) -> str:
+        """As in ``+0.50 [+0.40, +0.70]``."""
+        return f"{self.value:+z.2f} [{self.low:+z.2f}, {self.high:+z.2f}]"
 
 
 def estimates(
@@ -82,6 +95,6 @@ def _dots(points: Sequence[Estimate], x: Sequence[float], name: str, color: str,
     ]
     return go.Scatter(
         x=x, y=[p.value for p in points], mode="markers", name=name, text=texts, hovertemplate="%{text}<extra></extra>",
-        marker={"color": color, "size": 9, "symbol": symbol},
+        marker={"color": color, "size": 9, "symbol": symbol}, cliponaxis=False,
         error_y={"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": color, "width": 4},
     )  # fmt: skip

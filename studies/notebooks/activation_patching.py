@@ -40,7 +40,6 @@ from IPython.display import Markdown
 
 from jambascope import HookedJamba
 from jambascope.hooks import run
-from jambascope.hooks.intervals import bootstrap_interval
 from jambascope.hooks.interventions import Patch
 from jambascope.hooks.sweep import Node, logit_difference, patch_sweep, probability
 from jambascope.studies.figures.estimates import Estimate, estimates
@@ -201,25 +200,23 @@ own = patch_sweep(model, clean, corrupted, metrics, **cell)
 strangers = clean[1:] + clean[:1]  # other keys and values at the same positions
 stranger = patch_sweep(model, strangers, corrupted, metrics, **cell)
 gap = own.clean - own.corrupted
-points, said = [], {}
+found_by = {}
 for name, swept in (("its own", own), ("another", stranger)):
     effect = (swept.values["resid_pre"].sel(layer=leaves, position=value) - own.corrupted) / gap
-    for measure in effect.metric.values:
-        values = torch.as_tensor(effect.sel(metric=measure).values)
-        low, high = bootstrap_interval(values)
-        said[name, str(measure)] = f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
-        points.append(Estimate(str(measure).replace("_", " "), name, float(values.mean()), float(low), float(high)))
+    for measure in ("logit_difference", "probability"):
+        samples = torch.as_tensor(effect.sel(metric=measure).values)
+        found_by[measure, name] = Estimate.of(measure.replace("_", " "), name, samples)
 estimates(
     f"The value's stream in layer {leaves}, and a stranger's",
-    f"95 % intervals over {PAIRS} pairs; 1: as in the clean run", points, "metric", "effect",
+    f"95 % intervals over {PAIRS} pairs; 1: as in the clean run", list(found_by.values()), "metric", "effect",
 )  # fmt: skip
 
 # %%
 Markdown(
-    f"Logit difference: its own stream {said['its own', 'logit_difference']}, a stranger's "
-    f"{said['another', 'logit_difference']}.\n\n"
-    f"Probability of the right answer: its own {said['its own', 'probability']}, a stranger's "
-    f"{said['another', 'probability']}; a guess among the {ENTRIES - 1} values left in the table would give "
+    f"Logit difference: its own stream {found_by['logit_difference', 'its own']}, a stranger's "
+    f"{found_by['logit_difference', 'another']}.\n\n"
+    f"Probability of the right answer: its own {found_by['probability', 'its own']}, a stranger's "
+    f"{found_by['probability', 'another']}; a guess among the {ENTRIES - 1} values left in the table would give "
     f"{1 / (ENTRIES - 1):.2f}."
 )
 
@@ -269,8 +266,7 @@ Markdown(
 
 
 def shown(values: torch.Tensor) -> str:
-    low, high = bootstrap_interval(values)
-    return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
+    return str(Estimate.of("", "", values))
 
 
 home = config.attention_layers[0]
@@ -281,8 +277,7 @@ finding, confirming = heads[: PAIRS // 2], heads[PAIRS // 2 :]
 points = []
 for head in range(config.n_heads):
     for half, values in (("finding half", finding), ("confirming half", confirming)):
-        low, high = bootstrap_interval(values[:, head])
-        points.append(Estimate(f"{head}", half, float(values[:, head].mean()), float(low), float(high)))
+        points.append(Estimate.of(f"{head}", half, values[:, head]))
 estimates(
     f"Heads of layer {home} at the end", "clean into corrupted; 95 % intervals over pairs", points, "head (index)",
     "effect",
@@ -311,8 +306,7 @@ needed = torch.as_tensor(noised.effects()["z"].sel(metric="logit_difference", la
 points = []
 for name, values in (("enough (denoise)", heads), ("needed (noise)", needed)):
     for head in range(config.n_heads):
-        low, high = bootstrap_interval(values[:, head])
-        points.append(Estimate(f"{head}", name, float(values[:, head].mean()), float(low), float(high)))
+        points.append(Estimate.of(f"{head}", name, values[:, head]))
 estimates(f"Heads of layer {home} at the end", "95 % intervals over all pairs", points, "head (index)", "effect")
 
 # %%
@@ -328,7 +322,7 @@ Markdown(
 # %% [markdown]
 # ## 3. How does the value know its key?
 #
-# Attention at the end looks for *tunnel*, yet takes what stands one token later. In a Transformer a "previous-token
+# The question names *tunnel*, yet what is fetched stands one token later. In a Transformer a "previous-token
 # head" of an earlier layer writes the key beside the value. Here the layers before are Mamba layers. Corrupt the
 # *keys* instead, exchange the two in the table, and follow them. Both changed places belong together, so patch them
 # as one cell: a tuple of positions.
@@ -352,7 +346,7 @@ effect_map(
 
 # %%
 at_keys, at_values = (effects["resid_pre"].mean("pair").values[:, i] for i in (0, 1))
-moved = -np.diff(at_keys)  # what leaves the keys in each layer
+moved = np.minimum(-np.diff(at_keys), np.diff(at_values))  # what leaves the keys and arrives at the values
 steps = [layer for layer in layers[:-1] if moved[layer] > 0.1]
 Markdown(
     "Effect of the stream at the keys, and at the values, where it enters each layer:\n\n"
@@ -373,8 +367,7 @@ points = []
 for layer in (layer for layer in config.ssm_layers if layer < leaves):
     for name, node in handed.items():
         values = torch.as_tensor(effects[node].values[:, layer, 0])  # after the keys
-        low, high = bootstrap_interval(values)
-        points.append(Estimate(f"{layer}", name, float(values.mean()), float(low), float(high)))
+        points.append(Estimate.of(f"{layer}", name, values))
 estimates(
     "What a Mamba layer hands on after the keys", f"clean into corrupted; 95 % intervals over {PAIRS} pairs", points,
     "Mamba layer", "effect",

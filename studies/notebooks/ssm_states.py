@@ -37,7 +37,6 @@ from IPython.display import Markdown
 
 from jambascope import HookedJamba
 from jambascope.hooks import run
-from jambascope.hooks.intervals import bootstrap_interval
 from jambascope.hooks.interventions import KnockOutEdges, PinState
 from jambascope.hooks.ssm import (
     capture_states,
@@ -249,15 +248,11 @@ names = [f"blocks.{layer}.mixer.hook_ssm_state" for layer in config.mamba_layers
 held = collect(model, asked, names, positions=[last - 1])
 features = torch.stack([held[name].flatten(1) for name in names], 1)  # [prompt, layer, channel x state]
 scores = probe(features, labels, method="ridge", controls=5)
-points = [
-    Estimate(
-        f"{layer}",
-        "probe",
-        *(float(v[i]) for v in (scores.score, scores.low, scores.high)),
-        (scores.chance, scores.chance),
-    )
-    for i, layer in enumerate(config.mamba_layers)
-] + [Estimate(f"{layer}", "shuffled labels", float(scores.control[i])) for i, layer in enumerate(config.mamba_layers)]
+points = []
+for i, layer in enumerate(config.mamba_layers):
+    score, low, high = (float(v[i]) for v in (scores.score, scores.low, scores.high))
+    points.append(Estimate(f"{layer}", "probe", score, low, high, (scores.chance, scores.chance)))
+    points.append(Estimate(f"{layer}", "shuffled labels", float(scores.control[i])))
 estimates(
     "Which word was announced?", f"linear probes of the state {BETWEEN} words later; grey: commonest word", points,
     "Mamba layer", "accuracy on unseen prompts",
@@ -320,8 +315,7 @@ for position in range(said - 3, last + 1):
 points = []
 for name, by_position in changes.items():
     for position, change in by_position.items():
-        low, high = bootstrap_interval(change)
-        points.append(Estimate(f"{position}", name, float(change.mean()), float(low), float(high)))
+        points.append(Estimate.of(f"{position}", name, change))
 estimates(
     "Erasing all Mamba layers at once",
     f"the word is announced at {said}, asked for at {last}; 95 % intervals over {PROMPTS} prompts",
@@ -358,8 +352,7 @@ tried = {
 effects = {name: log_p(interventions) - base for name, interventions in tried.items()}
 points = []
 for name, change in effects.items():
-    low, high = bootstrap_interval(change)
-    points.append(Estimate(name, "change", float(change.mean()), float(low), float(high)))
+    points.append(Estimate.of(name, "change", change))
 estimates(
     "What the answer depends on", f"95 % intervals over {PROMPTS} prompts", points, "changed",
     "change of log p(word) (nats)",
@@ -369,8 +362,7 @@ estimates(
 
 
 def shown(change: torch.Tensor) -> str:
-    low, high = bootstrap_interval(change)
-    return f"{change.mean():+z.2f} [{low:+z.2f}, {high:+z.2f}]"
+    return str(Estimate.of("", "", change))
 
 
 between = [position for position in changes["states"] if said < position < last - 4]

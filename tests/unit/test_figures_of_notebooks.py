@@ -7,7 +7,9 @@ import math
 import numpy as np
 import plotly.io
 import pytest
+import torch
 
+from jambascope.hooks.intervals import bootstrap_interval
 from jambascope.studies.figures import attention, patching, routing, theme
 from jambascope.studies.figures.estimates import Estimate, estimates
 
@@ -55,6 +57,14 @@ def test_estimates_stand_side_by_side_with_intervals_and_chance():
     assert min(y for y in chance.y if y is not None) == 0.1 and max(y for y in chance.y if y is not None) == 0.2
     assert chance.showlegend and not none.showlegend and not none.x
     assert "[0.4, 0.7]" in own.text[0] and "[" not in own.text[1]
+
+
+def test_an_estimate_of_samples_is_their_mean_and_interval():
+    samples = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    estimate = Estimate.of("1", "own", samples)
+    assert estimate.value == 3 and 1 <= estimate.low < 3 < estimate.high <= 6
+    assert (estimate.low, estimate.high) == tuple(map(float, bootstrap_interval(samples)))
+    assert str(Estimate("1", "own", -1e-9, -0.5, 0.25)) == "+0.00 [-0.50, +0.25]"
 
 
 def test_a_logarithmic_axis_marks_decades():
