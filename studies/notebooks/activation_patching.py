@@ -336,7 +336,7 @@ places = {
     "question": (end - 1,),
     "end": (end,),
 }
-nodes = ["resid_pre", "mixer_out", "ssm_state", Node("ssm_state", conv=True)]
+nodes = ["resid_pre", "ssm_state", Node("ssm_state", conv=True)]
 keyed = patch_sweep(model, clean, rekeyed, metric, nodes, positions=places.values(), progress=False)
 effects = {name: e.sel(metric="logit_difference") for name, e in keyed.effects().items()}
 effect_map(
