@@ -104,7 +104,7 @@ def measure(spec: PatchingSpec, cell: Cell, model: HookedJamba) -> Found:
     half = len(difference) // 2 if len(difference) >= 4 else len(difference)
     first, second = slice(0, half), slice(half, None)
     tensors = {"clean": pairs.clean, "corrupted": pairs.corrupted}
-    if np.isfinite(difference[first]).sum() < 2:  # the reading says so
+    if not np.isfinite(difference[first]).any():  # the reading says so
         return Found(rows, tensors)
     moving = [p for p in effects if pairs.groups[p.group][-1] >= pairs.changed_from and p[:2] != ("resid_pre", 0)]
     means = {place: float(np.nanmean(effects[place][first])) for place in effects}

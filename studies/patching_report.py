@@ -97,7 +97,7 @@ def reading(spec: Spec, rows: pd.DataFrame) -> str:
         own = rows[rows.recipe == recipe]
         parts.append(_runs(own, recipe))
         if not (own.measure == CELL).any():
-            parts.append("Too few pairs are told apart by the model to patch between them: nothing was found.")
+            parts.append("No pair is told apart by the model, so there is nothing to patch between: nothing was found.")
             continue
         parts += [_direction(own, found, direction) for direction in own.direction.unique()]
         parts.append(_checks(own))

@@ -99,8 +99,18 @@ def test_the_reading_says_where_and_also_that_nothing_was_found(built_rows):
     assert "The stream that enters a layer matters most at 2 5 (layers 0-1" in text and "Checks:" in text
     assert "nothing was found" in text  # four pairs cannot pass Holm
     few = rows[~rows.measure.isin([report.CELL, report.EFFECT, report.SET])]
-    assert "Too few pairs are told apart" in report.reading(spec, few)
+    assert "No pair is told apart" in report.reading(spec, few)
     assert report.figures(spec, few) == []
+
+
+def test_one_pair_has_maps_and_nothing_confirmed(built):
+    spec = spec_of(clean="1 4 5 6 4", corrupted="1 4 7 6 4", answer="5", wrong="7", least_difference=0.01)
+    rows = rows_of(spec, built)
+    assert not (rows.measure == report.EFFECT).any() and report.tables(spec, rows) == []
+    text = report.reading(spec, rows)
+    assert "n = 1 pairs" in text and text.count("Too few pairs are left to confirm any cell.") == 2
+    figures = report.figures(spec, rows)
+    assert len(figures) == 2 and "denoise" in figures[0].layout.title.text
 
 
 def test_pairs_that_the_model_does_not_tell_apart_are_said_to_be_so(micro):
