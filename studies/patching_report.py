@@ -138,6 +138,8 @@ def _direction(rows: pd.DataFrame, found: pd.DataFrame, direction: str) -> str:
 def _confirmed(found: pd.DataFrame) -> str:
     good = found[found.confirmed == "yes"].sort_values("mean", key=lambda v: -v.abs(), kind="stable")
     said = f"{len(good)} of {len(found)} found cells are confirmed on held-out pairs (random signs, Holm)"
+    if not len(good) and len(found) * 2 / 2 ** int(found.n.max()) >= LEVEL:
+        return f"{said}: {int(found.n.max())} of them are too few to confirm any, whatever they show."
     if not len(good):
         return f"{said}: nothing was found."
     first = good[good.component != "resid_pre"].head(4)

@@ -208,7 +208,8 @@ def _tokenized(model: HookedJamba, prompt: _Words, packaged: bool) -> tuple[list
 
 
 def given_pairs(model: HookedJamba, clean: str, corrupted: str, answer: str, wrong: str) -> PromptPairs:
-    """A user's pairs, several parted by ``|``; every position is a group of its own.
+    """A user's pairs, several parted by ``|``; every position is a group of its own, named
+    by the token of the first pair.
 
     Raises:
         InputError: texts that do not correspond token by token, that are equal, or answers that are not one token for

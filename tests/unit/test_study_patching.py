@@ -97,7 +97,11 @@ def test_the_reading_says_where_and_also_that_nothing_was_found(built_rows):
     spec, rows = built_rows
     text = report.reading(spec, rows)
     assert "The stream that enters a layer matters most at 2 5 (layers 0-1" in text and "Checks:" in text
-    assert "nothing was found" in text  # four pairs cannot pass Holm
+    assert "4 of them are too few to confirm any" in text
+    many = pd.concat([rows.assign(sample=rows["sample"] + 100 * i, value=0.0) for i in range(3)])
+    assert "0 of 5 found cells are confirmed" in report.reading(spec, many) and "nothing was found" in report.reading(
+        spec, many
+    )
     few = rows[~rows.measure.isin([report.CELL, report.EFFECT, report.SET])]
     assert "No pair is told apart" in report.reading(spec, few)
     assert report.figures(spec, few) == []
