@@ -48,7 +48,7 @@ def starts_of(model: HookedJamba, rows: Sequence[Row], length: int, pairs: int, 
 def measured(engine: Engine, measure: Measure, rows: Sequence[Row]) -> Iterator[tuple[list[Row], np.ndarray]]:
     """Rows and their metrics [metric row], batch by batch."""
     if engine.model.device.type == "cpu":
-        # glibc keeps twice the largest block that was ever given back, and hands the rest of what is freed to the system
+        # glibc keeps twice the largest block that was ever given back, and hands what else is freed to the system
         # (mallopt(3), M_TRIM_THRESHOLD); fetched again, page by page, that was a tenth of a sweep's time.
         torch.empty(KEPT, dtype=torch.uint8)
     begins = np.searchsorted(engine.base.starts, [row.positions[0] for row in rows], side="right") - 1
@@ -61,4 +61,4 @@ def measured(engine: Engine, measure: Measure, rows: Sequence[Row]) -> Iterator[
         for batch in (here[i : i + n] for i in range(0, len(here), n)):
             logits = engine.logits(batch, start)
             found = measure(logits, index_tensor([row.pair for row in batch], logits.device))
-            yield batch, found.cpu().numpy()
+            yield batch, found.detach().cpu().numpy()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 
@@ -141,8 +142,12 @@ def token_ids(model: HookedJamba, metric: Metric, pairs: int) -> dict[str, Int[t
     found = {}
     for name, value in metric.tokens.items():
         where = f"{metric.name}: {name}={value!r}"
-        given = list(value) if isinstance(value, (list, tuple)) else value
+        given = _plain(value)
         nested = isinstance(given, list) and any(isinstance(v, (list, tuple)) for v in given)
+        if name == "labels":
+            sets = given if nested else [given]
+            if not all(isinstance(v, (list, tuple)) and v and len(set(v)) == len(v) for v in sets):
+                raise InputError(f"{where}: give a list of different labels, or such a list for each prompt pair")
         if isinstance(given, list) and (nested or name != "labels") and len(given) != pairs:
             raise InputError(f"{where}: give one for all, or one for each of the {pairs} prompt pairs")
         if nested and len({len(v) for v in given}) > 1:
@@ -153,11 +158,17 @@ def token_ids(model: HookedJamba, metric: Metric, pairs: int) -> dict[str, Int[t
     return found
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def _ids(model: HookedJamba, value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_ids(model, v, where) for v in value]
     token = model.to_single_token(value) if isinstance(value, str) else value
-    if not isinstance(token, int) or not 0 <= token < model.config.d_vocab:
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < model.config.d_vocab:
         raise InputError(f"{where}: {value!r} is no token; ids run from 0 to {model.config.d_vocab - 1}")
     return token
 

@@ -244,7 +244,7 @@ def test_a_metric_that_fails_at_a_cell_keeps_what_is_done(model_of_kind, monkeyp
         calls.append(len(logits))
         return logits[:, 0, 5] * (float("nan") if len(calls) == 6 else 1.0)
 
-    with pytest.raises(SweepError, match=r"odd is nan where blocks.*hook_resid_pre at \(\d,\) of pair") as error:
+    with pytest.raises(SweepError, match=r"odd is nan at resid_pre, pair 0, layer \d, position \d") as error:
         patch_sweep(model, *pairs(), odd, progress=False)
     assert error.value.result.values["resid_pre"].notnull().any()
 
@@ -261,7 +261,7 @@ REFUSED = {
     "no heads": (dict(nodes=Node("resid_pre", by="head")), "has no heads"),
     "no layer": (dict(nodes="logits"), "belongs to no layer"),
     "twice": (dict(nodes=["z", "z"]), "'z' is given twice"),
-    "no node": (dict(nodes=[]), "patches nothing"),
+    "no node": (dict(nodes=[]), "nodes=.. holds nothing"),
     "position": (dict(positions=[6]), "6 is not in a prompt of 6 tokens"),
     "positions": (dict(positions=[(1, 1)]), "names nothing, or something twice"),
     "token": (dict(metric=logit_difference(5, 99)), "wrong=99: 99 is no token; ids run from 0 to 28"),
