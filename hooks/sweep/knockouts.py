@@ -127,7 +127,7 @@ class _KnockOuts(Running):
             values = self.values["attention" if attends else "mamba"][:, :, layer]
             values[:, :, unread] = self.base.reshape(*self.base.shape, *(1,) * (values.ndim - 2))
             work, done = len(self.edges) * question.pairs * math.prod(values.shape[3:]), 0
-            for batch in self._layer(layer, attends, base, measure):
+            for batch in self._layer(layer, attends, base, measure) if self.queries else ():
                 done += len(batch)
                 yield (i + done / work) / len(self.layers)
             yield (i + 1) / len(self.layers)
@@ -136,29 +136,22 @@ class _KnockOuts(Running):
         node = Node("attn.hook_z", by="head" if self.by_head else None) if attends else Node("mixer.hook_y")
         (target,) = targets(self.model, node, [layer])
         read = (self._attention if attends else self._mamba)(layer)
-        name, n, pairs = "attention" if attends else "mamba", self._queries_at_once(target), self.question.pairs
+        n = self._queries_at_once(target)
         for some in (self.queries[i : i + n] for i in range(0, len(self.queries), n)):
-            values = pad_sequence([read(query) for query in some]).transpose(
-                1, 2
-            )  # [edge of the query, pair, query...]
-            source = Recording({target.name: values.flatten(0, 1)}, {target.name: some})
-            rows = []
-            for i, (query, key) in enumerate(self.edges):
-                if query in some:
-                    place = self.keys[query].index(key) * pairs
-                    rows += [
-                        Row(
-                            pair,
-                            place + pair,
-                            0,
-                            (query,),
-                            unit,
-                            (name, pair, layer, i, unit)[: 4 + (target.axis is not None)],
-                        )
-                        for pair in range(pairs)
-                        for unit in range(target.units)
-                    ]
+            values = pad_sequence([read(query) for query in some])  # [edge of a query, query, pair, ...]
+            source = Recording({target.name: values.transpose(1, 2).flatten(0, 1)}, {target.name: some})
+            rows = list(self._rows(target, "attention" if attends else "mamba", set(some)))
             yield from self.measure(Engine(self.model, [target], base, source, self.question.all_reads), measure, rows)
+
+    def _rows(self, target: Target, name: str, queries: set[int]) -> Iterator[Row]:
+        pairs = self.question.pairs
+        for i, (query, key) in enumerate(self.edges):
+            if query in queries:
+                first = self.keys[query].index(key) * pairs
+                for pair in range(pairs):
+                    for unit in range(target.units):
+                        place = (name, pair, target.layer, i, unit)
+                        yield Row(pair, first + pair, 0, (query,), unit, place if target.axis else place[:-1])
 
     def _queries_at_once(self, target: Target) -> int:
         most = max(map(len, self.keys.values()))

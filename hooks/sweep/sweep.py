@@ -91,7 +91,7 @@ class Cells:
         self.targets = [target for of_node in self.nodes for target in of_node]
 
     def rows(self, same_up_to: Sequence[int]) -> Iterator[Row]:
-        """Every cell of every pair; its place is (node, pair, layer, index of the positions), and unit where it has one.
+        """Every cell of every pair; its place is (node, pair, layer, index of the positions, unit if it has one).
 
         Where a pair is the same there is nothing to patch: rows begin at its first difference.
         """
