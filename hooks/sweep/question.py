@@ -52,7 +52,9 @@ class Question:
         """
         if direction not in ("denoise", "noise"):
             raise InputError(f"direction={direction!r} must be 'denoise' or 'noise'")
-        if any(listeners(model)):
+        with model._lock:  # another thread's hooks are gone when its run ends
+            attached = any(listeners(model))
+        if attached:
             raise InputError(
                 "the model has hooks attached, which would act on every cell; model.reset_hooks() takes them off"
             )
