@@ -21,9 +21,9 @@ def bench(
     race: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RACE]...",
-            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, sweep (activation "
-            "patching, minutes) or long (contexts to 262,144, minutes). [default: all but sweep and long]",
+            metavar="RACE",
+            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, sweep "
+            "(activation patching, minutes) or long (contexts to 262,144, minutes). [default: all but sweep and long]",
         ),
     ] = None,
     d_model: Annotated[

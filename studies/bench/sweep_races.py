@@ -30,7 +30,7 @@ from jambascope.studies.bench.timing import Side
 
 LENGTHS = (64, 256)
 MOST_CELLS = 512
-"""Longer prompts are patched at as many positions, evenly spaced, that there are not more; each with all that follows."""
+"""Longer prompts are patched at so many positions, evenly spaced, that there are not more."""
 SAMPLE = 8
 """Cells of a loop that are timed: each is one whole pass, so they cost the same."""
 PIECE = 2048
@@ -123,5 +123,5 @@ def sweep_products(model: HookedJamba, tokens: torch.Tensor, cells: Sequence[int
 
 SWEEP = Race(
     "sweep", "Patching the stream at every layer and position", sweep_sides, bounds=(PRODUCTS,), lengths=LENGTHS,
-    d_models=(128,), one_row=True, quantity="ms per cell", patience=10, opt_in=True,
+    d_models=(128,), one_row=True, quantity="ms per cell", patience=30, opt_in=True,
 )  # fmt: skip
