@@ -7,6 +7,7 @@ Tokens are ids or text; where prompt pairs have answers of their own, a list wit
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,7 @@ def as_metrics(metric: Metric | Callable | Sequence[Metric | Callable]) -> list[
     for one in given:
         if callable(one) and not isinstance(one, Metric):
             function = one
+            _check_takes_logits(function)
             one = Metric(getattr(function, "__name__", "metric"), lambda logits, at, f=function: f(logits))
         if not isinstance(one, Metric):
             raise InputError(
@@ -131,6 +133,17 @@ def as_metrics(metric: Metric | Callable | Sequence[Metric | Callable]) -> list[
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"metric: two are called {twice!r}; give each a name of its own, with dataclasses.replace")
     return found
+
+
+def _check_takes_logits(function: Callable) -> None:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise InputError(
+            f"metric={function!r} must take the logits alone; one of (logits, reference) is Metric(name, function)"
+        ) from None
+    except ValueError:
+        return  # a built-in one does not say what it takes
 
 
 def token_ids(model: HookedJamba, metric: Metric, pairs: int) -> dict[str, Int[torch.Tensor, "pair ..."]]:

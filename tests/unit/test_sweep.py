@@ -312,6 +312,7 @@ REFUSED = {
     "token": (dict(metric=logit_difference(5, 99)), "wrong=99: 99 is no token; ids run from 0 to 28"),
     "tokens": (dict(metric=logit_difference([5, 6], 7)), "one for each of the 1 prompt pairs"),
     "metric": (dict(metric=3), "must be a Metric, a function of logits"),
+    "two arguments": (dict(metric=lambda logits, at: logits[:, 0, 0]), "must take the logits alone"),
     "names": (dict(metric=[DIFFERENCE, DIFFERENCE]), "two are called 'logit_difference'"),
     "nan": (dict(metric=lambda logits: logits[:, 0, 0] * float("nan")), "is nan in the clean run of pair 0"),
     "shape": (dict(metric=lambda logits: logits[0, 0, 0]), r"gave \(\) for 1 rows"),
