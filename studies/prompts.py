@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jambascope.errors import InputError
+from jambascope.errors import ConfigError, InputError
 from jambascope.hooks.labels import FewShotPrompt, review_prompts
 from jambascope.zoo.reviews import review
 from jambascope.zoo.words import VOCABULARY
@@ -37,6 +37,18 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise InputError("it has no tokenizer, and reviews are text; give a checkpoint with a tokenizer")
     if not getattr(tokenizer, "is_fast", False):
         raise InputError("its tokenizer does not say where tokens come from; give a checkpoint with tokenizer.json")
+
+
+def check_language(tokenizer: Any) -> None:
+    """
+    Raises:
+        ConfigError: a model of other words than the packaged ones.
+    """
+    if tokenizer is None or tokenizer.get_vocab() != VOCABULARY:
+        raise ConfigError(
+            "its documents are in the language of the packaged models, and this checkpoint's tokenizer has other "
+            "words; give a packaged model, or one that `jambascope zoo train` made"
+        )
 
 
 def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -> list[FewShotPrompt]:
