@@ -224,7 +224,7 @@ def _figure(spec: FormatSpec, rows: pd.DataFrame, by: str, title: str, measures:
     panels = []
     for name in measures:
         own = summarize(rows[rows.measure == CURVE + name], [CURVE + name], BY)
-        chance = [(float(s), 0.5) for s in SHOTS if 1 <= s <= spec.shots] if name in (AMONG, FREE) else []
+        chance = [(float(s), 0.5) for s in SHOTS if 1 <= s <= spec.shots] if name == AMONG else []
         panels.append((name, [_panel(own, condition, by, chance) for condition in conditions]))
     subtitle = "episodes of two classes; bands: 95 % intervals; shaded: shots in training"
     return lines(title, subtitle, panels, "shots")

@@ -46,6 +46,7 @@ NAMES = (
     "induction_heads",
     "label_heads",
     "icl_format",
+    "functional_segregation",
 )
 """The studies that ship, modules of ``jambascope.studies``."""
 
