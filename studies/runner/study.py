@@ -47,6 +47,7 @@ NAMES = (
     "label_heads",
     "icl_format",
     "functional_segregation",
+    "state_memory",
 )
 """The studies that ship, modules of ``jambascope.studies``."""
 

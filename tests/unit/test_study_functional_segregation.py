@@ -61,11 +61,7 @@ def test_the_layer_map_shows_the_attention_layer(finished):
     values = found.data[0].z
     assert values.shape == (8, 2) and values[:, 0].argmin() == 4
     own = rows[rows.measure == "layer: change of accuracy"]
-    assert values[4, 0] == pytest.approx(
-        rows[(rows.measure == "layer: change of accuracy") & (rows.layer == 4) & (rows.task == "repeat")][
-            "value"
-        ].mean()
-    )
+    assert values[4, 0] == pytest.approx(own[(own.layer == 4) & (own.task == "repeat")]["value"].mean())
     assert "attention" in found.layout.yaxis.ticktext[4] and "Mamba" in found.layout.yaxis.ticktext[3]
     assert {trace.name for trace in bars.data} == {"these", "random ones, as many"}
 
