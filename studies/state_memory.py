@@ -140,7 +140,8 @@ def _half_life_figure(rows: pd.DataFrame) -> go.Figure:
         for _, r in _by_layer(rows, name, ()).iterrows()
     ]
     fig = grouped("Half-lives of states", "means over prompts; across: Mamba layers", bars, "tokens")
-    return fig.update_yaxes(type="log")
+    ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
+    return fig.update_yaxes(type="log", tickmode="array", tickvals=ticks)
 
 
 def _patch_figure(spec: MemorySpec, rows: pd.DataFrame) -> go.Figure:
@@ -194,9 +195,8 @@ def _probes(spec: MemorySpec, rows: pd.DataFrame) -> str:
             for measure, features in ((HITS, STATE), (CONTROL, STATE), (HITS, STREAM))
         )
         there = p_values[i] < 0.05 and hits["mean"] > control["mean"]
-        words = (
-            f"{target}: {number(*hits[ENDS])}, {'there' if there else 'not there'} to be read (p = {p_values[i]:.2g}"
-        )
+        read = "there to be read" if there else "not there to be read"
+        words = f"{target}: {number(*hits[ENDS])}, {read} (p = {p_values[i]:.2g}"
         words += f" against shuffled labels, {number(*control[ENDS])}), {number(*stream[ENDS])} off the stream"
         if spec.untrained:
             random, p = one(summary, measure=HITS, target=target, features=UNTRAINED), p_values[len(targets) + i]
@@ -216,7 +216,7 @@ def _patches(rows: pd.DataFrame, asked: str) -> str:
     begin = f"Pairs that differ in {PAIRS[asked]}: the logit difference is {number(*whole[ENDS])} apart (n = {whole.n})"
     shares = summary[summary.measure == SHARE]
     if whole.low <= 0 or not len(shares):
-        return f"{begin}, in which no memory shows that could be looked for."
+        return f"{begin} on average, so the right one is not remembered; what carries it is not told."
     words = [f"{r.what} {number(*r[ENDS])}" for _, r in shares.iterrows() if r.what not in (OTHER, NONE)]
     controls = [f"{r.what} {number(*r[ENDS])}" for _, r in shares.iterrows() if r.what in (OTHER, NONE)]
     changes = rows[rows.measure == CHANGE]
@@ -242,7 +242,8 @@ def _patches(rows: pd.DataFrame, asked: str) -> str:
 def _between(rows: pd.DataFrame) -> list[str]:
     """What the states of the first model tell better or worse than those of each other, on the same prompts."""
     recipes = list(rows.recipe.unique())
-    own = rows[(rows.measure == HITS) & (rows.features == STATE)]
+    own = rows[rows.measure == HITS]
+    own = own[own.features == STATE] if len(own) else own
     pairs = []
     for other in recipes[1:]:
         for target in own.target.unique():

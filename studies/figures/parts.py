@@ -15,6 +15,8 @@ from jambascope.studies.figures.theme import GUIDE, KIND_COLORS, KIND_NAMES, SIG
 
 GRID = "rgba(128,128,128,0.25)"
 COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8F98")
+SYMBOLS = ("circle", "diamond-open", "x")
+"""Once colours come again."""
 
 
 class Bar(NamedTuple):
@@ -45,7 +47,7 @@ def grouped(title: str, subtitle: str, bars: Sequence[Bar], unit: str, columns: 
         for n, name in enumerate(names):
             own = [bar for bar in bars if bar.panel == panel and bar.name == name]
             aside = 0.8 * ((n + 0.5) / len(names) - 0.5)
-            fig.add_trace(_points(own, groups, aside, name, COLORS[n % len(COLORS)], i == 0), row, column)
+            fig.add_trace(_points(own, groups, aside, name, n, i == 0), row, column)
         ticks = {"tickmode": "array", "tickvals": list(range(len(groups))), "ticktext": groups}
         fig.update_xaxes(**ticks, range=[-0.6, len(groups) - 0.4], showgrid=False, zeroline=False, row=row, col=column)
         fig.update_yaxes(title=unit if column == 1 else None, row=row, col=column)
@@ -55,13 +57,14 @@ def grouped(title: str, subtitle: str, bars: Sequence[Bar], unit: str, columns: 
     return fig.update_layout(legend=below, margin={"t": 110, "b": 110})
 
 
-def _points(bars: Sequence[Bar], groups: Sequence[str], aside: float, name: str, color: str, named: bool) -> go.Scatter:
+def _points(bars: Sequence[Bar], groups: Sequence[str], aside: float, name: str, nth: int, named: bool) -> go.Scatter:
+    color, symbol = COLORS[nth % len(COLORS)], SYMBOLS[nth // len(COLORS) % len(SYMBOLS)]
     known = [math.isfinite(b.low) and math.isfinite(b.high) for b in bars]
     up = [b.high - b.mean if k else 0 for b, k in zip(bars, known, strict=True)]
     down = [b.mean - b.low if k else 0 for b, k in zip(bars, known, strict=True)]
     return go.Scatter(
         x=[groups.index(b.group) + aside for b in bars], y=[b.mean for b in bars], mode="markers", name=name,
-        legendgroup=name, showlegend=named, marker={"color": color, "size": 9},
+        legendgroup=name, showlegend=named, marker={"color": color, "size": 9, "symbol": symbol},
         error_y={"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": color, "width": 4},
         customdata=[(b.group, b.low, b.high) for b in bars],
         hovertemplate=f"{name}, %{{customdata[0]}}: %{{y:.3f}} [%{{customdata[1]:.3f}}, %{{customdata[2]:.3f}}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
 
 
 def test_a_model_of_another_language_is_refused(model_of_kind, tmp_path):
-    model_of_kind("attention").float().save_pretrained(tmp_path / "other")
+    copy.deepcopy(model_of_kind("attention")).float().save_pretrained(tmp_path / "other")
     spec = make_spec("functional_segregation", load("functional_segregation").spec, {"models": str(tmp_path / "other")})
     with pytest.raises(ConfigError, match="language of the packaged models"):
         running.run("functional_segregation", spec, tmp_path / "runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
 
 
 def test_a_model_of_another_language_is_refused_before_it_is_opened(model_of_kind, tmp_path):
-    model_of_kind("attention").float().save_pretrained(tmp_path / "other")
+    copy.deepcopy(model_of_kind("attention")).float().save_pretrained(tmp_path / "other")
     spec = make_spec("icl_format", load("icl_format").spec, {"models": str(tmp_path / "other")})
     with pytest.raises(ConfigError, match="icl_format of .*language of the packaged models"):
         running.run("icl_format", spec, tmp_path / "runs")
