@@ -79,8 +79,8 @@ class Effect(NamedTuple):
 
 
 def effects(title: str, points: Sequence[Effect], unit: str) -> go.Figure:
-    """A panel for each model: found heads beside random ones, for every number of heads taken away; faint marks are
-    single random sets."""
+    """A panel for each model: found heads beside random ones, for every number of heads taken away; open circles
+    are single random sets."""
     models = list(dict.fromkeys(p.model for p in points))
     fig = make_subplots(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.04)
     for column, model in enumerate(models, 1):
@@ -92,9 +92,9 @@ def effects(title: str, points: Sequence[Effect], unit: str) -> go.Figure:
         ticks = {"tickmode": "array", "tickvals": list(range(len(counts))), "ticktext": [str(k) for k in counts]}
         fig.update_xaxes(ticks | {"range": [-0.6, len(counts) - 0.4]}, row=1, col=column)
     fig.update_xaxes(title={"text": "heads taken away", "standoff": 6}, showgrid=False, zeroline=False)
-    fig.update_yaxes(gridcolor=GRID, zerolinecolor=GUIDE)
+    fig.update_yaxes(gridcolor=GRID, zerolinecolor=GUIDE, rangemode="tozero")
     fig.update_yaxes(title=unit, row=1, col=1)
-    frame(fig, title, "means and 95 % intervals; faint: single random sets", height=380)
+    frame(fig, title, "means and 95 % intervals; open circles: single random sets", height=380)
     below = {"orientation": "h", "yanchor": "bottom", "y": 0, "yref": "container", "xanchor": "left", "x": 0}
     return fig.update_layout(legend=below, margin={"t": 100, "b": 100})
 

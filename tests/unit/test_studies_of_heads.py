@@ -152,6 +152,8 @@ def test_jamba_micro_has_label_heads_that_carry_the_format(micro, tmp_path):
     held_out = rows[(rows.measure == "head: attention to labels") & (rows.half == "confirming")]
     grid = held_out.groupby("head")["value"].mean()
     assert list(figures[0].data[0].z[0]) == pytest.approx(list(grid))
+    shown = {trace.name: list(trace.y) for trace in figures[1].data}
+    assert shown["found"] == pytest.approx([found["mean"]]) and len(shown["random, single sets"]) == 3
 
 
 def test_without_a_preference_the_reading_says_so(built):
