@@ -132,9 +132,8 @@ def test_a_state_tells_the_last_words_and_shuffled_labels_do_not(model_of_kind):
     for row in rows:
         of.setdefault((row["measure"], row.get("what")), []).append(row["value"])
     mean = {key: sum(values) / len(values) for key, values in of.items()}
-    assert (
-        mean["accuracy", "state: word 1 before"] > 0.6 > 0.3 > mean["accuracy, shuffled labels", "state: word 1 before"]
-    )
+    hits, control = (mean[name, "state: word 1 before"] for name in ("accuracy", "accuracy, shuffled labels"))
+    assert hits > 0.45 > 0.25 > control
     assert mean["accuracy", "state: word 24 before"] < 0.35
     assert len(of["accuracy", "state: word 1 before"]) == 120 and 1 / 8 <= mean["chance", "state: word 1 before"] < 0.3
     assert len(of["by layer: accuracy", "state, untrained: word 1 before"]) == 480
@@ -155,7 +154,7 @@ def test_half_lives_are_those_of_the_definition(model_of_kind):
 
 
 def test_in_jamba_micro_labels_go_through_attention_and_the_review_through_states(tmp_path):
-    settings = {"asked": "labels,query", "pairs": 10}
+    settings = {"asked": "labels,query", "pairs": 8}
     run = running.run("state_memory", make_spec("state_memory", state_memory.MemorySpec, settings), tmp_path)
     _, study, spec, rows = running.read(run.path)
     summary = summarize(rows, study.headline, study.by)
