@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jambascope.config import JambaConfig
 from jambascope.errors import InputError
 from jambascope.hooks.interventions import Intervention, MeanAblation
 from jambascope.model import HookedJamba
-from jambascope.zoo.documents import Document
-from jambascope.zoo.language import ids_of
-from jambascope.zoo.scoring import TOKENS
-from jambascope.zoo.words import PAD
 
 Part = tuple[int, tuple[int, ...] | None]
 """A layer, and its heads (attention) or channels (Mamba); None is all of them."""
@@ -29,29 +25,25 @@ Means = dict[int, Float[torch.Tensor, "..."]]
 """Layer -> [H P] of attention, [E] of Mamba."""
 
 
-def tokens_of(documents: Sequence[Document]) -> list[Int[torch.Tensor, "document pos"]]:
-    """Documents of the packaged models' language as batches, padded on the right."""
-    ids = torch.as_tensor(ids_of(list(documents)))
-    return list(ids.split(max(1, TOKENS // ids.shape[1])))
-
-
 @torch.no_grad()
-def mean_outputs(model: HookedJamba, batches: Sequence[Int[torch.Tensor, "batch pos"]], padded: bool = True) -> Means:
+def mean_outputs(
+    model: HookedJamba,
+    batches: Iterable[tuple[Int[torch.Tensor, "batch pos"], Bool[torch.Tensor, "batch pos"]]],
+) -> Means:
     """Mean over all positions of what the output projection of each mixer reads.
 
     Args:
-        padded: whether <pad> of the packaged models' language is left out, with what follows it.
+        batches: ids, padded on the right, and which of them are none of the padding.
     """
     sums, count = {}, 0
-    for batch in batches:
-        tokens = batch.to(model.device)
-        mask = tokens != PAD if padded else torch.ones_like(tokens, dtype=torch.bool)
+    for ids, is_token in batches:
+        mask = is_token.to(model.device)
 
         def add(z: torch.Tensor, hook, mask: torch.Tensor = mask) -> None:
             sums[hook.layer()] = sums.get(hook.layer(), 0) + z[mask].double().sum(0)
 
         with model.hooks([(_point(model.config, layer), add) for layer in range(model.config.n_layers)]):
-            model(tokens, return_type=None)
+            model(ids.to(model.device), return_type=None)
         count += int(mask.sum())
     return {layer: (summed / count).to(model.dtype) for layer, summed in sums.items()}
 

@@ -23,6 +23,7 @@ from jambascope.model import HookedJamba
 from jambascope.studies import ablations
 from jambascope.studies.ablations import Means, Part
 from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
+from jambascope.studies.episodes import batches
 from jambascope.studies.figures.parts import Bar, grouped, layer_map
 from jambascope.studies.prompts import check_language
 from jambascope.studies.runner.spec import Spec
@@ -104,7 +105,7 @@ def documents_of(name: str, count: int, seed: int) -> tuple[Task, list[Document]
 def measure(spec: SegregationSpec, cell: Cell, model: HookedJamba) -> Found:
     task, drawn = documents_of(cell["task"], spec.documents, cell["seed"])
     half = len(drawn) // 2
-    means = ablations.mean_outputs(model, ablations.tokens_of(drawn[:half]))
+    means = ablations.mean_outputs(model, batches(drawn[:half]))
 
     def measured(documents: Sequence[Document], parts: Sequence[Part]) -> Values:
         return _measured(model, task, documents, means, parts)

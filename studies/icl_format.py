@@ -24,18 +24,17 @@ from jambascope.studies.ablations import (
     mean_outputs,
     random_channels,
     random_layers,
-    tokens_of,
     without,
 )
 from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
+from jambascope.studies.episodes import TokenEpisode, batches, draw_episodes, label_scores
 from jambascope.studies.figures.zoo import Panel, Point, lines
-from jambascope.studies.prompts import check_language
+from jambascope.studies.prompts import check_tokenizer
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 from jambascope.studies.runner.summary import number, one, summarize
-from jambascope.studies.zoo.measures import CALIBRATION, statistic
-from jambascope.studies.zoo.measures import measure as measure_task
-from jambascope.studies.zoo.tasks import SHOTS, TRAINED_SHOTS, Task, draw
+from jambascope.studies.zoo.measures import CALIBRATION, label_values, statistic
+from jambascope.studies.zoo.tasks import SHOTS, TRAINED_SHOTS, Task
 from jambascope.zoo.reviews import Episode
 
 Condition = Literal["familiar", "unseen", "familiar-long", "unseen-long", "shuffled", "natural"]
@@ -68,14 +67,14 @@ class FormatSpec(Spec):
     filler: int = Field(4, ge=1, description="Sentences without sentiment in each review of the long conditions.")
     conditions: tuple[Condition, ...] = Field(
         ("familiar", "unseen", "familiar-long", "unseen-long", "shuffled"),
-        description="Words that training had as labels or never; long reviews; labels at random (control); natural "
-        "pairs such as Positive and Negative.",
+        description="Words that the packaged models' training had as labels or never; long reviews; labels at random "
+        "(control); natural pairs such as Positive and Negative.",
     )
     draws: int = Field(5, ge=1, description="Random sets of Mamba layers, and of channels, that are taken away.")
 
 
 def check(spec: FormatSpec, config: JambaConfig, directory: Path) -> None:
-    check_language(checkpoint.load_tokenizer(directory))
+    check_tokenizer(checkpoint.load_tokenizer(directory))
     if len(set(spec.conditions)) < len(spec.conditions) or not spec.conditions:
         raise ConfigError(f"conditions={spec.conditions}: give at least one, each once")
 
@@ -100,16 +99,16 @@ def most_shots(spec: FormatSpec) -> int:
 
 def measure(spec: FormatSpec, cell: Cell, model: HookedJamba) -> Found:
     task = task_of(spec, cell["condition"])
-    drawn = draw(task, spec.episodes + spec.episodes // 2, cell["seed"])
+    drawn = draw_episodes(model, task, spec.episodes + spec.episodes // 2, cell["seed"])
     episodes, reference = drawn[: spec.episodes], drawn[spec.episodes :]
-    whole = _measured(model, task, episodes)
+    whole = _measured(model, episodes)
     rows = _curve_rows(spec, WHOLE, whole)
     if not (model.config.attention_layers and model.config.ssm_layers) or cell["condition"] == "shuffled":
         return Found(rows)
-    means = mean_outputs(model, tokens_of(reference))
+    means = mean_outputs(model, batches(reference))
     sets = part_sets(model.config, spec.draws, cell["seed"])
     taken = {
-        name: [_measured(model, task, episodes, without(model, means, parts)) for parts in of_name]
+        name: [_measured(model, episodes, without(model, means, parts)) for parts in of_name]
         for name, of_name in sets.items()
     }
     for name, found in taken.items():
@@ -136,12 +135,11 @@ Values = dict[tuple[str, int | None], np.ndarray]
 """Measure and shots -> a value for each episode."""
 
 
-def _measured(model: HookedJamba, task: Task, episodes: Sequence[Episode], edits: Sequence = ()) -> Values:
+def _measured(model: HookedJamba, episodes: Sequence[Episode | TokenEpisode], edits: Sequence = ()) -> Values:
     with model.hooks(hooks(model, edits)):
-        found = measure_task(model, task, episodes)
-    values = {(cell.measure, int(cell.x)): array[:, 0] for cell, array in found.items() if cell.x is not None}
-    (calibration,) = (array for cell, array in found.items() if cell.measure == CALIBRATION)
-    error = statistic(torch.from_numpy(calibration).mean(0))
+        found = label_values(label_scores(model, episodes), classes=2)
+    values = {(name, shots): np.asarray(array) for (name, shots), array in found.items() if shots is not None}
+    error = statistic(torch.from_numpy(found[CALIBRATION, None]).mean(0))
     return values | {(CALIBRATION, None): error.reshape(1).numpy()}
 
 
@@ -342,7 +340,8 @@ study = Study(
     "of both labels together (label mass), whether the likeliest word of the vocabulary is one of them (valid rate) "
     "or the right one (accuracy free), whether the right one is the likelier of the two (accuracy restricted), and "
     "what of that is lost by answering outside of them (format gap: restricted less free). Accuracies are of labels "
-    "whose class an earlier example showed. Calibration error is of the likelier label's share of the label mass.\n\n"
+    "whose class an earlier example showed. Calibration error is of the likelier label's share of the label mass. "
+    "Models with another tokenizer read the same text, and a label stands for its first token.\n\n"
     "In a hybrid, all attention layers are then taken away: what their output projection reads is set to its mean over "
     "other episodes of the same condition. Who follows the format is told by what that changes.",
     controls="As many random Mamba layers, and as many random Mamba channels as all heads have dimensions, taken away "

@@ -63,7 +63,7 @@ def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -
     for _ in range(20 * prompts):
         episode = review(rng, "train", shots + 1, 2, "natural", filler=0)
         *examples, wanted = episode.classes
-        if len(set(examples)) == 2 and (prompt := _tokenized(model, episode.words, episode.label_positions)):
+        if len(set(examples)) == 2 and (prompt := tokenized(model, episode.words, episode.label_positions)):
             answer = prompt.tokens[prompt.query_position + 1]
             shown = dict(zip(examples, (prompt.tokens[p] for p in prompt.label_positions), strict=True))
             labels = (shown[0], shown[1])
@@ -75,7 +75,7 @@ def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -
     raise InputError("its tokenizer gives both labels of a review the same first token; they cannot be told apart")
 
 
-def _tokenized(model: HookedJamba, words: tuple[str, ...], label_positions: tuple[int, ...]) -> FewShotPrompt:
+def tokenized(model: HookedJamba, words: tuple[str, ...], label_positions: tuple[int, ...]) -> FewShotPrompt:
     """All of an episode; the query is the token before the last label's first."""
     text, starts = "", {}
     for i, word in enumerate(words):

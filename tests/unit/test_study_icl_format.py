@@ -9,11 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from jambascope import HookedJamba
+from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError, InputError
 from jambascope.hooks.interventions import hooks
+from jambascope.model import initialize
 from jambascope.studies import ablations, comparisons, icl_format
+from jambascope.studies import episodes as episodes_of
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.spec import make_spec
 from jambascope.studies.runner.study import load
@@ -67,7 +72,8 @@ def test_values_are_those_of_the_zoo(micro):
     spec = icl_format.FormatSpec(episodes=4, shots=4)
     task = icl_format.task_of(spec, "unseen")
     episodes = draw(task, 4, seed=3)
-    values = icl_format._measured(micro, task, episodes)
+    assert episodes_of.draw_episodes(micro, task, 4, seed=3) == episodes
+    values = icl_format._measured(micro, episodes)
     scores = label_scores(micro, episodes)
     np.testing.assert_allclose(values["label mass", 4], scores.mass[:, 4])
     np.testing.assert_array_equal(values["valid rate", 0], scores.valid[:, 0])
@@ -90,21 +96,90 @@ def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
         running.run("icl_format", make_spec("icl_format", icl_format.FormatSpec, setting), tmp_path)
 
 
-def test_a_model_of_another_language_is_refused_before_it_is_opened(model_of_kind, tmp_path):
+def test_a_model_without_tokenizer_is_refused_before_it_is_opened(model_of_kind, tmp_path):
     copy.deepcopy(model_of_kind("attention")).float().save_pretrained(tmp_path / "other")
     spec = make_spec("icl_format", load("icl_format").spec, {"models": str(tmp_path / "other")})
-    with pytest.raises(ConfigError, match="icl_format of .*language of the packaged models"):
+    with pytest.raises(InputError, match="icl_format of .*: it has no tokenizer"):
         running.run("icl_format", spec, tmp_path / "runs")
 
 
+# -- other tokenizers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign() -> HookedJamba:
+    """A hybrid of random weights with a byte-level tokenizer: most labels are several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["Review: the plot was gripping. Sentiment: Positive", "Review: the cast was dull. Sentiment: Negative"] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
+    torch.manual_seed(0)
+    config = JambaConfig(
+        mixers=("mamba", "attention"), feed_forwards=("dense", "none"), d_model=16, d_vocab=340, n_heads=4,
+        n_key_value_heads=2, d_head=4, d_mlp=12, d_state=4, n_ctx=4096, d_inner=32, dt_rank=2,
+    )  # fmt: skip
+    model = HookedJamba(config)
+    initialize(model, std=0.3)
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return model.eval()
+
+
+def test_other_tokenizers_read_the_same_text(foreign):
+    task = icl_format.task_of(icl_format.FormatSpec(shots=4), "familiar")
+    episodes = episodes_of.draw_episodes(foreign, task, 5, seed=0)
+    assert len(episodes) == 5 and episodes == episodes_of.draw_episodes(foreign, task, 5, seed=0)
+    for episode in episodes:
+        assert len(set(episode.labels)) == 2 and {episode.tokens[p] for p in episode.label_positions} == {
+            *episode.labels
+        }
+        for at in episode.label_positions:
+            assert foreign.tokenizer.decode(episode.tokens[:at]).rstrip().endswith("Sentiment:")
+    assert not episodes[0].known[0] and all(sum(episode.known) == 3 for episode in episodes)
+
+
+def test_their_scores_are_those_of_each_episode_alone(foreign):
+    task = icl_format.task_of(icl_format.FormatSpec(shots=4), "familiar")
+    episodes = episodes_of.draw_episodes(foreign, task, 3, seed=0)
+    scores = episodes_of.label_scores(foreign, episodes)
+    for i, episode in enumerate(episodes):
+        with torch.no_grad():
+            p = foreign(torch.tensor([episode.tokens]))[0].double().softmax(-1)
+        for shot, at in enumerate(episode.label_positions):
+            assert scores.mass[i, shot].item() == pytest.approx(p[at - 1, list(episode.labels)].sum().item(), rel=1e-4)
+            best = max(episode.labels, key=lambda label: p[at - 1, label])  # noqa: B023
+            right = float(best == episode.tokens[at])
+            assert scores.acc_restricted[i, shot].isnan() if not episode.known[shot] else (
+                scores.acc_restricted[i, shot] == right
+            )  # fmt: skip
+
+
+def test_the_study_is_asked_of_them_too(foreign, tmp_path):
+    """Random weights follow no format, with or without attention."""
+    foreign.save_pretrained(tmp_path / "model")
+    foreign.tokenizer.save_pretrained(tmp_path / "model")
+    settings = {"models": str(tmp_path / "model"), "episodes": 8, "shots": 4, "conditions": "familiar", "draws": 1}
+    run = running.run("icl_format", make_spec("icl_format", icl_format.FormatSpec, settings), tmp_path / "runs")
+    _, study, spec, rows = running.read(run.path)
+    summary = summarize(rows, study.headline, study.by)
+    assert one(summary, measure="label mass", shots=4).high < 0.1
+    assert "cannot be told from both" in study.reading(spec, rows)
+
+
 # -- parts and tests -----------------------------------------------------------------------------------------
+
+
+def whole(*batches: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches without padding."""
+    return [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in batches]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_set_to_its_mean_writes_its_mean(model_of_kind, layer):
     model = model_of_kind("hybrid")
     tokens = torch.randint(4, 29, (3, 7), generator=torch.Generator().manual_seed(0))
-    means = ablations.mean_outputs(model, [tokens[:1], tokens[1:]], padded=False)
+    means = ablations.mean_outputs(model, whole(tokens[:1], tokens[1:]))
     out = f"blocks.{layer}.hook_{'attn' if layer == 1 else 'mixer'}_out"
     expected = model.run_with_cache(tokens, names_filter=out)[1][out].mean((0, 1))
     edits = ablations.without(model, means, ablations.layers_as_parts([layer]))
@@ -117,7 +192,7 @@ def test_padding_is_no_part_of_a_mean(model_of_kind):
     model = model_of_kind("hybrid")
     tokens = torch.randint(4, 29, (2, 7), generator=torch.Generator().manual_seed(0))
     longer = torch.nn.functional.pad(tokens, (0, 3))
-    plain, padded = (ablations.mean_outputs(model, [t]) for t in (tokens, longer))
+    plain, padded = (ablations.mean_outputs(model, [(t, t != 0)]) for t in (tokens, longer))
     for layer in plain:
         torch.testing.assert_close(plain[layer], padded[layer])
 
@@ -125,7 +200,7 @@ def test_padding_is_no_part_of_a_mean(model_of_kind):
 def test_heads_and_channels_are_set_alone(model_of_kind):
     model = model_of_kind("hybrid")
     tokens = torch.randint(4, 29, (2, 7), generator=torch.Generator().manual_seed(0))
-    means = ablations.mean_outputs(model, [tokens], padded=False)
+    means = ablations.mean_outputs(model, whole(tokens))
     edits = ablations.without(model, means, ((0, (3, 5)), (1, (2,))))
     points = ["blocks.0.mixer.hook_z", "blocks.1.attn.hook_z"]
     with model.hooks(hooks(model, edits)):
