@@ -42,7 +42,13 @@ if TYPE_CHECKING:
     from jambascope.config import JambaConfig
     from jambascope.model import HookedJamba
 
-NAMES = ("induction_heads", "label_heads")
+NAMES = (
+    "induction_heads",
+    "label_heads",
+    "icl_format",
+    "functional_segregation",
+    "state_memory",
+)
 """The studies that ship, modules of ``jambascope.studies``."""
 
 Cell = dict[str, Any]
