@@ -27,6 +27,6 @@ def watched(progress: bool | Progress) -> Iterator[Callable[[float, Callable[[],
 
     columns = (TextColumn("patching"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter)) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda share, result: bar.update(task, completed=share)
