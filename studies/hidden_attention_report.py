@@ -7,10 +7,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from jambascope.studies.comparisons import holm, sign_flip_p
 from jambascope.studies.figures.effects import Mean, Panel, effect_maps, means
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.summary import number, one, summarize
-from jambascope.studies.significance import holm, sign_flip_p
 
 FORMS = ("alpha", "conv", "gate")
 RAW = ", raw"

@@ -8,10 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from jambascope.studies.comparisons import holm, sign_flip_p
 from jambascope.studies.figures.effects import Mean, means
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.summary import number, one, summarize
-from jambascope.studies.significance import holm, sign_flip_p
 
 SCORE, SHUFFLED, EVEN = "prefix matching", "prefix matching, tokens in random order", "prefix matching, even attention"
 LOSSES = ("loss on the repetition", "loss before it")

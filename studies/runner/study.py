@@ -42,7 +42,16 @@ if TYPE_CHECKING:
     from jambascope.config import JambaConfig
     from jambascope.model import HookedJamba
 
-NAMES = ("induction_heads", "label_heads", "activation_patching", "previous_token", "hidden_attention")
+NAMES = (
+    "induction_heads",
+    "label_heads",
+    "activation_patching",
+    "previous_token",
+    "hidden_attention",
+    "icl_format",
+    "functional_segregation",
+    "state_memory",
+)
 """The studies that ship, modules of ``jambascope.studies``."""
 
 Cell = dict[str, Any]
