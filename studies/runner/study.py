@@ -42,7 +42,11 @@ if TYPE_CHECKING:
     from jambascope.config import JambaConfig
     from jambascope.model import HookedJamba
 
-NAMES = ("induction_heads", "label_heads")
+NAMES = (
+    "induction_heads",
+    "label_heads",
+    "router_load",
+)
 """The studies that ship, modules of ``jambascope.studies``."""
 
 Cell = dict[str, Any]
