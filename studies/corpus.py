@@ -51,9 +51,7 @@ def check_corpus(directory: Path, config: JambaConfig, text: tuple[str, ...], le
     if tokenizer is None:
         raise InputError("it has no tokenizer, and this study reads text; give a checkpoint with a tokenizer")
     if not text and not speaks_zoo(tokenizer):
-        raise ConfigError(
-            "text is empty, and it does not speak the packaged models' language; give --set text=FILE,..."
-        )
+        raise ConfigError("text is empty, and its language is not the packaged models'; give --set text=FILE,...")
     for name in text:
         if not Path(name).expanduser().is_file():
             raise ConfigError(f"text={name!r} is no file; give a text file, or several with commas")
@@ -103,8 +101,8 @@ def _windows(model: HookedJamba, name: str, prompts: int, length: int, rng: np.r
     room = length - len(bos)
     if len(ids) // room < prompts:
         raise InputError(
-            f"text={name!r} has {len(ids)} tokens, and {prompts} windows of {length} are asked for; give a longer file, "
-            "or ask for fewer or shorter prompts"
+            f"text={name!r} has {len(ids)} tokens, and {prompts} windows of {length} are asked for; give a longer "
+            "file, or ask for fewer or shorter prompts"
         )
     chosen = torch.from_numpy(rng.permutation(len(ids) // room)[:prompts].copy())
     rows = ids[: len(ids) // room * room].view(-1, room)[chosen]

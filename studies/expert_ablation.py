@@ -1,4 +1,4 @@
-"""Experts taken away, one by one, and small models trained with and without a balancing loss: rows of ``router_load``."""
+"""Experts taken away one by one, and models trained with a balancing loss and without: rows of ``router_load``."""
 
 from __future__ import annotations
 

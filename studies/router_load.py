@@ -50,9 +50,7 @@ class RouterSpec(Spec):
     text: tuple[str, ...] = Field((), description=TEXT)
     devices: tuple[int, ...] = Field((2, 4), description="Devices that experts are spread over, in blocks.")
     window: int = Field(256, ge=1, description="Tokens that are dispatched in one step.")
-    draws: int = Field(
-        7, ge=1, description="Random other experts of a layer that are taken away; fewer where fewer exist."
-    )
+    draws: int = Field(7, ge=1, description="Random other experts that are taken away; fewer where fewer exist.")
     shuffles: int = Field(20, ge=1, description="Times that tokens are shuffled for what dependence is by chance.")
     trainings: int = Field(3, ge=0, description="Pairs of small models trained with the balancing loss and without.")
     steps: int = Field(150, ge=1, description="Of each of those trainings.")
@@ -273,14 +271,14 @@ study = Study(
     version=1,
     spec=RouterSpec,
     question=__doc__,
-    method="Prompts of each domain (held-out documents of the packaged models' language, or windows of text files) are "
-    "read, and every MoE layer's choices kept. Load f_e: share of all tokens x slots. CV: standard deviation over mean. "
+    method="Equally many prompts of each domain (held-out documents of the packaged models' language, or windows of "
+    "text files) are read, and every MoE layer's choices kept. Load f_e: share of all tokens x slots. CV: standard deviation over mean. "
     "MaxVio: max f_e X - 1. Retained mass: sum of the kept probabilities, which Jamba does not renormalise. Balance "
     "loss: X sum f_e P_e, of each layer (1 when uniform). Dependence: I(expert; label) / H(expert), corrected after "
     "Miller and Madow. Stragglers: the busiest device's load times devices over the whole. Drops: choices beyond "
     "ceil(cf k T / X) tokens of an expert in a window of T.\n\n"
-    "Experts are taken away one at a time, masked (their logits become -inf, so that tokens are routed again) or zeroed "
-    "(routes stay, what they add is gone). The busiest expert of a layer, and the one that a domain chooses most beyond "
+    "Experts are taken away one at a time, masked (their logits become -inf, so that tokens are routed again) or "
+    "zeroed (routes stay, what they add is gone). The busiest expert of a layer, and the one that a domain chooses most beyond "
     "the others (its favourite), are found on one half of the prompts, and taken away on the other.\n\n"
     "Effect of the balancing loss: pairs of small models (four layers of width 32, as many experts) are trained here "
     "from equal weights on equal batches with and without it, and their loads taken on batches they have not seen.",

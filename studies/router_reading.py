@@ -168,8 +168,8 @@ def _favourites(rows: pd.DataFrame) -> str:
     total = f"{len(clear)} of {len(found)} tests"
     if not clear:
         return (
-            "No domain depends on its favourite expert more than on other domains' favourites in any layer: specialised "
-            f"choice is not seen to be specialised need ({len(found)} tests, Holm)."
+            "No domain depends on its favourite expert more than on other domains' favourites in any layer: "
+            f"specialised choice is not seen to be specialised need ({len(found)} tests, Holm)."
         )
     return (
         f"Prompts lose more or less without their domain's favourite than without other domains' favourites in {total} "
@@ -190,6 +190,6 @@ def _trained(spec: Any, rows: pd.DataFrame) -> str:
         f"loss lowers the CV of load in {evened} of {len(pairs)} (by chance alone all agree with p = {least:.2g}): "
         f"{number(*with_[ENDS])} with it, {number(*without[ENDS])} without, difference "
         f"{number(*lines[TRAINED_CV, less][ENDS])}. The loss on the language differs by "
-        f"{number(*lines[TRAINED_LOSS, less][ENDS], 3)} nats. That is of short trainings; for long ones give checkpoints "
-        "that differ in it, --model A --model B."
+        f"{number(*lines[TRAINED_LOSS, less][ENDS], 3)} nats. That is of short trainings; for long ones give "
+        "checkpoints that differ in it, --model A --model B."
     )

@@ -56,11 +56,11 @@ def dots(
     ticks = {"tickmode": "array", "tickvals": list(range(len(rows))), "ticktext": rows}
     fig.update_yaxes(ticks | {"range": [len(rows) - 0.4, -0.6], "showgrid": False, "zeroline": False})
     kind = {"type": "log", "dtick": 1} if log else {}
-    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GUIDE, title={"text": unit, "standoff": 6}, nticks=5, **kind)
-    height = 210 + max(60, (14 + 13 * len(series)) * len(rows))
+    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GUIDE, title={"text": unit, "standoff": 6}, nticks=7, **kind)
+    height = (210 if len(series) > 1 else 170) + max(60, (14 + 13 * len(series)) * len(rows))
     frame(fig, title, subtitle, height=height, showlegend=len(series) > 1)
     below = {"orientation": "h", "yanchor": "bottom", "y": 0, "yref": "container", "xanchor": "left", "x": 0}
-    return fig.update_layout(legend=below, margin={"t": 105, "b": 105})
+    return fig.update_layout(legend=below, margin={"t": 105, "b": 105 if len(series) > 1 else 65})
 
 
 def _trace(points: Sequence[Dot], rows: Sequence[str], offset: float, name: str, color: str, named: bool) -> go.Scatter:
