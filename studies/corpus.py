@@ -51,14 +51,14 @@ def check_corpus(directory: Path, config: JambaConfig, text: tuple[str, ...], le
     if tokenizer is None:
         raise InputError("it has no tokenizer, and this study reads text; give a checkpoint with a tokenizer")
     if not text and not speaks_zoo(tokenizer):
-        raise ConfigError("text is empty, and its language is not the packaged models'; give --set text=FILE,...")
+        raise ConfigError("text is empty, and it reads another language than the packaged models; give --set text=FILE")
     for name in text:
         if not Path(name).expanduser().is_file():
             raise ConfigError(f"text={name!r} is no file; give a text file, or several with commas")
 
 
 def corpus(model: HookedJamba, text: tuple[str, ...], prompts: int, length: int, seed: int) -> Corpus:
-    """``prompts`` of each domain, of ``length`` tokens with <bos>: held-out documents of each of the language's domains,
+    """``prompts`` of each domain, of ``length`` tokens with <bos>: held-out documents of the language's domains,
     or windows of the text files that do not overlap.
 
     Raises:

@@ -59,7 +59,7 @@ class RouterSpec(Spec):
 
 
 def cells(spec: RouterSpec) -> list[Cell]:
-    """Every model and seed; and the trainings, which need of a model only how many experts it has: once, of the first."""
+    """Every model and seed; and the trainings once, which need only the number of experts of the first model."""
     found = [cell | {"part": "routes"} for cell in grid(spec)]
     extra = {"model": spec.models[0], "seed": spec.seeds[0], "part": "balancing loss"}
     return [*found, extra] if spec.trainings else found
@@ -272,21 +272,21 @@ study = Study(
     spec=RouterSpec,
     question=__doc__,
     method="Equally many prompts of each domain (held-out documents of the packaged models' language, or windows of "
-    "text files) are read, and every MoE layer's choices kept. Load f_e: share of all tokens x slots. CV: standard deviation over mean. "
-    "MaxVio: max f_e X - 1. Retained mass: sum of the kept probabilities, which Jamba does not renormalise. Balance "
-    "loss: X sum f_e P_e, of each layer (1 when uniform). Dependence: I(expert; label) / H(expert), corrected after "
-    "Miller and Madow. Stragglers: the busiest device's load times devices over the whole. Drops: choices beyond "
-    "ceil(cf k T / X) tokens of an expert in a window of T.\n\n"
+    "text files) are read, and every MoE layer's choices kept. Load f_e: share of all tokens x slots. CV: standard "
+    "deviation over mean. MaxVio: max f_e X - 1. Retained mass: sum of the kept probabilities, which Jamba does not "
+    "renormalise. Balance loss: X sum f_e P_e, of each layer (1 when uniform). Dependence: I(expert; label) / "
+    "H(expert), corrected after Miller and Madow. Stragglers: the busiest device's load times devices over the whole. "
+    "Drops: choices beyond ceil(cf k T / X) tokens of an expert in a window of T.\n\n"
     "Experts are taken away one at a time, masked (their logits become -inf, so that tokens are routed again) or "
-    "zeroed (routes stay, what they add is gone). The busiest expert of a layer, and the one that a domain chooses most beyond "
-    "the others (its favourite), are found on one half of the prompts, and taken away on the other.\n\n"
+    "zeroed (routes stay, what they add is gone). The busiest expert of a layer, and the one that a domain chooses "
+    "most beyond the others (its favourite), are found on one half of the prompts, and taken away on the other.\n\n"
     "Effect of the balancing loss: pairs of small models (four layers of width 32, as many experts) are trained here "
     "from equal weights on equal batches with and without it, and their loads taken on batches they have not seen.",
-    controls="Balance: tokens that choose k different experts evenly at random, and the multinomial. Dependence: labels "
-    "dealt out anew among tokens, domains among prompts. Stragglers and drops: random choices in windows of the same "
-    "size. Busiest expert: random other experts of its layer, taken away in the same way. Favourites: what taking the "
-    "other domains' favourites away does to the same prompts. All zeroed: everything that the layer's experts add, which "
-    "is what there is to be lost. Over layers p-values are corrected after Holm.",
+    controls="Balance: tokens that choose k different experts evenly at random, and the multinomial. Dependence: "
+    "labels dealt out anew among tokens, domains among prompts. Stragglers and drops: random choices in windows of "
+    "the same size. Busiest expert: random other experts of its layer, taken away in the same way. Favourites: what "
+    "taking the other domains' favourites away does to the same prompts. All zeroed: everything that the layer's "
+    "experts add, which is what there is to be lost. Over layers p-values are corrected after Holm.",
     measure=measure,
     headline=(RETAINED, ENTROPY, MARGIN, CHANGE, SPECIFIC, TRAINED_CV, TRAINED_VIOLATION, TRAINED_LOSS),
     by=BY,

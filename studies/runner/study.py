@@ -46,6 +46,7 @@ NAMES = (
     "induction_heads",
     "label_heads",
     "router_load",
+    "stability",
 )
 """The studies that ship, modules of ``jambascope.studies``."""
 
