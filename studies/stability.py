@@ -150,7 +150,7 @@ def sizes(
 
     def keep(quantity: str, layer: int, apart: int):
         def look(value: torch.Tensor, hook: Any) -> None:
-            flat = value.float().flatten(2).cpu()
+            flat = value.movedim(hook.row.axes.index("T"), 1).float().flatten(2).cpu()
             parts = [flat[:, a // apart : b // apart] for a, b in windows]
             rms = torch.stack([p.square().mean((1, 2)).sqrt() for p in parts], 1)
             largest = torch.stack([p.abs().amax((1, 2)) for p in parts], 1)
@@ -305,8 +305,8 @@ def _stress(spec: StabilitySpec, rows: pd.DataFrame) -> str:
     verdict = "diverge more often" if diverged["without"] > diverged["with"] else "do not diverge more often"
     grown = "all" if larger == spec.trainings else f"{larger} of {spec.trainings}"
     return (
-        f"Small models trained here for {plural(spec.steps, 'step')} without inner norms {verdict} than with them; at the "
-        f"highest rate their activations are larger in {grown} pairs. {' '.join(said)} With "
+        f"Small models trained here for {plural(spec.steps, 'step')} without inner norms {verdict} than with them; at "
+        f"the highest rate their activations are larger in {grown} pairs. {' '.join(said)} With "
         f"{plural(spec.trainings, 'pair')} at each rate only large effects show."
     )
 
