@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 NAMES = (
     "induction_heads",
     "label_heads",
+    "positional",
     "router_load",
     "stability",
 )
