@@ -46,7 +46,7 @@ BY = ("x",)
 class PositionalSpec(Spec):
     """Settings of the study."""
 
-    prompts: int = Field(16, ge=2, description="Of a seed, at every length, distance and shift.")
+    prompts: int = Field(32, ge=2, description="Of a seed, at every length, distance and shift.")
     trained: int = Field(256, ge=16, description="Length of the training's sequences.")
     factors: tuple[int, ...] = Field((1, 2, 4), description="Lengths, as multiples of the trained one.")
     repeats: tuple[int, ...] = Field((8, 32, 64, 128, 256, 384), description="Random tokens that are said twice.")
@@ -82,6 +82,8 @@ def check(spec: PositionalSpec, config: JambaConfig, directory: Path) -> None:
             raise ConfigError(
                 f"{setting} needs {length} positions, and its context has {config.n_ctx}; make it smaller"
             )
+    if spec.repeats[0] < 2:
+        raise ConfigError(f"repeats={spec.repeats[0]} must be at least 2: the second token is the first that is known")
     usable = config.d_vocab - 4
     for name, most in (("repeats", spec.repeats[-1]), ("shifted_length", spec.shifted_length)):
         if most > usable:

@@ -126,8 +126,8 @@ def _shift(spec: Any, rows: pd.DataFrame) -> str:
     other = max(abs(line["mean"]) for line in control)
     return (
         f"Filler before {plural(spec.shifted_length, 'random token')} said twice {verdict} (p < 0.05 after Holm): "
-        f"{said} nats. Other filler of the same length moves it by at most {other:.3f} on average: what a shift changes "
-        "beyond that is of position, length and memory, not of the words."
+        f"{said} nats. Other filler of the same length moves it by at most {other:.3f} on average: what a shift "
+        "changes beyond that is of position, length and memory, not of the words."
     )
 
 
