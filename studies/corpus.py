@@ -1,4 +1,4 @@
-"""Running text for any model: the packaged models' language by domain, or text files of yours through a tokenizer."""
+"""Running text for any model, and how well it is read: the packaged models' language by domain, or files of yours."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jambascope import checkpoint
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError, InputError
+from jambascope.losses import token_losses
 from jambascope.zoo.language import DOMAINS, mixture
 from jambascope.zoo.words import VOCABULARY
 
@@ -84,6 +85,20 @@ def mixed(
         each = -(-prompts // len(text))
         return corpus(model, text, each, length, seed).tokens[:prompts]
     return _rows(np.random.default_rng([seed, length, 4]), length, prompts)
+
+
+@torch.no_grad()
+def losses_and_hits(
+    model: HookedJamba, tokens: Int[torch.Tensor, "prompts pos"], batch_size: int
+) -> tuple[Float[torch.Tensor, "prompts pos-1"], Float[torch.Tensor, "prompts pos-1"]]:
+    """Loss in nats of every token but the first, and 1 where it was the likeliest."""
+    found = []
+    for part in tokens.to(model.device).split(batch_size):
+        logits = model(part)
+        found.append(
+            (token_losses(logits, part).double().cpu(), (logits[:, :-1].argmax(-1) == part[:, 1:]).double().cpu())
+        )
+    return torch.cat([losses for losses, _ in found]), torch.cat([hits for _, hits in found])
 
 
 def _rows(rng: np.random.Generator, length: int, prompts: int, shares: dict | None = None) -> torch.Tensor:

@@ -10,15 +10,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
 from jambascope.hooks.heads import repeated_random_tokens, shuffled
-from jambascope.losses import token_losses
 from jambascope.model import HookedJamba
-from jambascope.studies.corpus import TEXT, check_corpus, mixed, speaks_zoo
+from jambascope.studies.corpus import TEXT, check_corpus, losses_and_hits, mixed, speaks_zoo
 from jambascope.studies.figures.zoo import Panel, Point, lines
 from jambascope.studies.positional_reading import (
     ACCURACY,
@@ -95,20 +94,6 @@ def measure(spec: PositionalSpec, cell: Cell, model: HookedJamba) -> Found:
     seed = cell["seed"]
     rows = _position_rows(spec, model, seed) + _repeat_rows(spec, model, seed) + _shift_rows(spec, model, seed)
     return Found(rows + (_recall_rows(spec, model, seed) if speaks_zoo(model.tokenizer) else []))
-
-
-@torch.no_grad()
-def losses_and_hits(
-    model: HookedJamba, tokens: Int[torch.Tensor, "prompts pos"], batch_size: int
-) -> tuple[Float[torch.Tensor, "prompts pos-1"], Float[torch.Tensor, "prompts pos-1"]]:
-    """Loss in nats of every token but the first, and 1 where it was the likeliest."""
-    found = []
-    for part in tokens.to(model.device).split(batch_size):
-        logits = model(part)
-        found.append(
-            (token_losses(logits, part).double().cpu(), (logits[:, :-1].argmax(-1) == part[:, 1:]).double().cpu())
-        )
-    return torch.cat([losses for losses, _ in found]), torch.cat([hits for _, hits in found])
 
 
 def _position_rows(spec: PositionalSpec, model: HookedJamba, seed: int) -> list[dict[str, Any]]:

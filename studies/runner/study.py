@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
 NAMES = (
+    "emergence",
     "induction_heads",
     "label_heads",
     "positional",

@@ -9,6 +9,7 @@ import torch
 from jambascope import HookedJamba
 from jambascope.errors import ConfigError, InputError
 from jambascope.studies import positional, positional_reading
+from jambascope.studies.corpus import losses_and_hits
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.directory import table_of
 from jambascope.studies.runner.spec import make_spec
@@ -46,7 +47,7 @@ def asked(micro):
 
 def test_losses_and_hits_are_the_models_own(micro):
     tokens = torch.randint(5, 200, (3, 9), generator=torch.Generator().manual_seed(0))
-    losses, hits = positional.losses_and_hits(micro, tokens, batch_size=2)
+    losses, hits = losses_and_hits(micro, tokens, batch_size=2)
     with torch.no_grad():
         logits = micro(tokens)[:, :-1]
     expected = -logits.double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
