@@ -232,13 +232,10 @@ def _reading_of(rows: pd.DataFrame, halves: pd.DataFrame) -> str:
     words += f" Clear order of neighbours: {'; '.join(pairs)}." if pairs else " No order of neighbours is clear."
     own = rows[rows.measure.isin(CONTROLS) & (rows.step == steps[-1])]
     control = ", ".join(f"{m} {v:.2f}" for m, v in own.groupby("measure", sort=False)["value"].mean().items())
-    words += f" Controls at the end: {control}."
-    changes = sorted(rows[rows.measure == "data change"].step.unique())
+    words += f" Controls at the end: {control}." if control else ""
+    changes = ", ".join(f"{step:g}" for step in sorted(rows[rows.measure == "data change"].step.unique()))
     if changes:
-        words += (
-            f" Training's data change at steps {', '.join(f'{step:g}' for step in changes)}: what comes right after one "
-            "may be what the data newly ask for."
-        )
+        words += f" Training's data change at steps {changes}: what comes right after one may be what the data newly ask for."
     return words
 
 
