@@ -62,8 +62,8 @@ class Attention(nn.Module):
         groups = self.n_heads // self.n_key_value_heads
         return repeat(weight, "(k p) d -> (k g) d p", k=self.n_key_value_heads, g=groups)
 
-    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """[B T D] -> [B T D]; keys and values of the past come from ``run.state``."""
+    def forward(self, x: torch.Tensor, run: Run, reads: list[int] | None = None) -> torch.Tensor:
+        """[B T D] -> [B T D], or [B read D]; keys and values of the past come from ``run.state``."""
         q = self.hook_q(rearrange(self.q_proj(x), "b t (h p) -> b t h p", h=self.n_heads))
         k = self.hook_k(rearrange(self.k_proj(x), "b t (k p) -> b t k p", k=self.n_key_value_heads))
         v = self.hook_v(rearrange(self.v_proj(x), "b t (k p) -> b t k p", k=self.n_key_value_heads))
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         z = self.hook_z(z)
         if self.hook_result.heard:
             return self.hook_result(einsum(z, self.W_O, "b t h p, h p d -> b t h d")).sum(2)
-        return self.o_proj(rearrange(z, "b t h p -> b t (h p)"))
+        return self.o_proj(rearrange(z if reads is None else z[:, reads], "b t h p -> b t (h p)"))
 
     def _queries_shown(self, length: int) -> Sequence[int]:
         """Queries of this call whose scores or pattern somebody looks at."""

@@ -61,8 +61,8 @@ class MambaMixer(nn.Module):
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
 
-    def forward(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
-        """[B T D] -> [B T D]; the state before the first position comes from ``run.state``."""
+    def forward(self, hidden: torch.Tensor, run: Run, reads: list[int] | None = None) -> torch.Tensor:
+        """[B T D] -> [B T D], or [B read D]; the state before the first position comes from ``run.state``."""
         mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
         memory = run.mamba_state(self.layer)
         # Slices rather than chunk and split: their outputs could not be edited in place by a hook.
@@ -82,7 +82,8 @@ class MambaMixer(nn.Module):
         scan = self._scan(x, dt, B, C, gate, run.mask, None if memory is None else memory.ssm)
         if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
-        return self.out_proj(self.hook_z(scan.y))
+        z = self.hook_z(scan.y)
+        return self.out_proj(z if reads is None else z[:, reads])
 
     def parameters_of_step(self) -> tuple[torch.Tensor | None, ...]:
         """The parameters in the order in which ``decode`` takes them; looked up fast, for every token."""

@@ -61,8 +61,8 @@ class Mamba2Mixer(nn.Module):
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
 
-    def forward(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
-        """[B T D] -> [B T D]; the state before the first position comes from ``run.state``."""
+    def forward(self, hidden: torch.Tensor, run: Run, reads: list[int] | None = None) -> torch.Tensor:
+        """[B T D] -> [B T D], or [B read D]; the state before the first position comes from ``run.state``."""
         memory = run.mamba_state(self.layer)
         E, H, G, N = self.d_inner, self.n_heads, self.n_groups, self.d_state
 
@@ -81,7 +81,8 @@ class Mamba2Mixer(nn.Module):
         if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state.flatten(1, 2)))
         y = self.hook_y(scan.y.flatten(2))
-        return self.out_proj(self.hook_z(self.norm(y, gate)))
+        z = self.hook_z(self.norm(y, gate))
+        return self.out_proj(z if reads is None else z[:, reads])
 
     def _step_size(self, dt: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """softplus(dt + bias) in float32, within ``dt_limit``, 0 at padding: [B T H]."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from jambascope.devices import index_tensor
 from jambascope.hooks.sweep.engine import Engine
@@ -23,6 +24,8 @@ MOST_TOKENS = 1 << 16
 """On other devices."""
 WIDEST = 8
 """Positions whose cells begin together, where memory does not ask for more."""
+KEPT = 31 << 20
+"""Bytes; from 32 MiB on glibc learns nothing from a block."""
 
 
 def tokens_at_once(model: HookedJamba) -> int:
@@ -38,12 +41,16 @@ def starts_of(model: HookedJamba, rows: Sequence[Row], length: int, pairs: int, 
     wide = min(WIDEST, max(1, round(tokens_at_once(model) / (len(rows) / len(firsts) * length / 2))))
     names = [f"blocks.{layer}.{tail}" for layer in model.config.ssm_layers for tail in memory_points(model)]
     state = sum(model.hook_rows[name].nbytes(model.config, pairs, 1, model.dtype) for name in names)
-    wide = max(wide, math.ceil(len(firsts) * state / max_bytes))
+    wide = max(wide, math.ceil((firsts[-1] - firsts[0] + 1) * state / max_bytes))
     return sorted({p - (p - firsts[0]) % wide for p in firsts})
 
 
 def measured(engine: Engine, measure: Measure, rows: Sequence[Row]) -> Iterator[tuple[list[Row], np.ndarray]]:
     """Rows and their metrics [metric row], batch by batch."""
+    if engine.model.device.type == "cpu":
+        # Of what is freed glibc keeps twice the largest block that it ever gave back, and no more (mallopt(3),
+        # M_MMAP_THRESHOLD): layer after layer the rest came anew, page by page, in a tenth of a sweep's time.
+        torch.empty(KEPT, dtype=torch.uint8)
     begins = np.searchsorted(engine.base.starts, [row.positions[0] for row in rows], side="right") - 1
     by_start: dict[int, list[Row]] = {}
     for row, begin in zip(rows, begins, strict=True):

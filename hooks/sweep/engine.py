@@ -2,13 +2,16 @@
 
 Nothing below a patched layer and nothing left of a patched position changes, so a row enters at its layer and at the
 first position of its batch, with what the layers remember of earlier positions taken from the base run. Rows of higher
-layers join those of lower ones on the way up, and in the last layer only what the metrics read is computed beyond the
-mixer. R row, read: the positions whose logits are asked for.
+layers join those of lower ones on the way up, and what leaves the last mixer is computed where the metrics read it. The
+matrix products that this takes are half of the time (``jambascope bench sweep``, d_model 128, one thread of a loaded
+CPU: 1.97 times the products alone at 8 layers x 64 positions, 1.8 at 32 x 256). R row, read: the positions whose logits
+are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,8 +111,8 @@ class Engine:
         run = Run(len(x), x.shape[1], x.device, None, self.base.memory(model, layer, pairs, start))
         model._clock.start, model._clock.length = start, x.shape[1]
         if reads is not None:
-            return block.feed(block.mix(x, run)[:, reads], run)
-        with model.hooks(list(hooks)):
+            return block.feed(block.mix(x, run, reads), run)
+        with model.hooks(list(hooks)) if hooks else nullcontext():
             return block(x, run)
 
 

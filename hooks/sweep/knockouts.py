@@ -69,7 +69,7 @@ def knock_out_sweep(
     with watched(progress) as show:
         try:
             for share in sweep.run():
-                if show(share, sweep.result()) is False:
+                if show(share, sweep.result) is False:
                     return sweep.result()
         except KeyboardInterrupt:
             return sweep.result()

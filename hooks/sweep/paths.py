@@ -98,7 +98,7 @@ def path_patch(
     with watched(progress) as show:
         try:
             for share in paths.run():
-                if show(share, paths.result()) is False:
+                if show(share, paths.result) is False:
                     return paths.result()
         except KeyboardInterrupt:
             return paths.result()

@@ -13,10 +13,10 @@ Progress = Callable[[float, PatchSweep], Any]
 
 
 @contextmanager
-def watched(progress: bool | Progress) -> Iterator[Progress]:
-    """What a sweep is to call after each batch."""
+def watched(progress: bool | Progress) -> Iterator[Callable[[float, Callable[[], PatchSweep]], Any]]:
+    """What a sweep is to call after each batch, with the share done and a function that gives the result so far."""
     if callable(progress):
-        yield progress
+        yield lambda share, result: progress(share, result())
         return
     if not progress:
         yield lambda share, result: None

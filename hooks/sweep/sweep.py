@@ -121,7 +121,7 @@ def swept(
         try:
             for part in sweep.parts(max_bytes):
                 for _ in sweep.run(part, max_bytes):
-                    if show(sweep.done / max(sweep.work, 1), sweep.result()) is False:
+                    if show(sweep.done / max(sweep.work, 1), sweep.result) is False:
                         return sweep.result()
         except KeyboardInterrupt:
             return sweep.result()

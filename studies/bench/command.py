@@ -10,9 +10,6 @@ from typing import Annotated
 
 import typer
 
-LENGTHS = [64, 128, 512]
-FULL_LENGTHS = [64, 128, 512, 2048, 8192, 32768]
-D_MODELS = [128, 512]
 BUDGET, FULL_BUDGET = 10.0, 100.0
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -23,17 +20,18 @@ WIDTH = 150
 def bench(
     race: Annotated[
         list[str] | None,
-        typer.Option(
-            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, or long "
-            "(contexts to 262,144; takes minutes); repeatable. [default: all but long]"
+        typer.Argument(
+            metavar="RACE",
+            help="scan, scan-backward, experts, prefill, cache, generate, training-step, load, hooks, sweep "
+            "(activation patching, minutes) or long (contexts to 262,144, minutes). [default: all but sweep and long]",
         ),
     ] = None,
     d_model: Annotated[
-        list[int] | None, typer.Option(min=2, help="Width to race at; repeatable. [default: 128 and 512]")
+        list[int] | None, typer.Option(min=2, help="Width to race at; repeatable. [default: 128 and 512, of sweep 128]")
     ] = None,
     length: Annotated[
         list[int] | None,
-        typer.Option(min=2, help="Tokens per sequence; repeatable. [default: 64, 128, 512]"),
+        typer.Option(min=2, help="Tokens per sequence; repeatable. [default: 64, 128, 512, of sweep 64 and 256]"),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Lengths up to 32,768, and the budget for them.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per pass.")] = 4,
@@ -60,13 +58,13 @@ def bench(
     from jambascope.errors import ConfigError
     from jambascope.studies.bench import models
     from jambascope.studies.bench.progress import show_progress
-    from jambascope.studies.bench.race import Results, choose, run, settings
+    from jambascope.studies.bench.race import FULL_LENGTHS, Results, choose, run, settings
     from jambascope.studies.bench.races import RACES
     from jambascope.studies.bench.report import make_report, print_report, write_html, write_json
     from jambascope.studies.bench.timing import clock_for
 
     if full and length:
-        raise ConfigError(f"--full names lengths {FULL_LENGTHS}; leave out --length or --full")
+        raise ConfigError(f"--full names lengths {list(FULL_LENGTHS)}; leave out --length or --full")
     for width in d_model or []:
         if width % 64 and width not in (2, 4, 8, 16, 32):
             raise ConfigError(f"d_model={width} must be a multiple of 64, for heads of 32 (or 16 or 32)")
@@ -74,9 +72,8 @@ def bench(
     where = parse_device(device)
     if where.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={device!r} cannot be raced on; it must be cpu or cuda")
-    lengths = length or (FULL_LENGTHS if full else LENGTHS)
     seconds = budget or (FULL_BUDGET if full else BUDGET)
-    plan = list(settings(choose(race, RACES), d_model or D_MODELS, batch, lengths))
+    plan = list(settings(choose(race, RACES), d_model, batch, length, full))
     results, note, status = Results(), "", 0
     with models.temporary_directory() as directory, show_progress(len(plan)) as progress:
         models.quiet_libraries()

@@ -57,7 +57,7 @@ def long_sides(lab: Lab, at: Setting) -> dict[str, Side | str]:
     def side(length: int) -> Side:
         tokens = lab.tokens(1, length)
         need = 4 * length * (12 * 2 * at.d_model + 2 * VOCABULARY)
-        return Side(torch.no_grad()(lambda: model(tokens)), need, max(1, TOKENS_TO_TIME // length), length)
+        return Side(torch.no_grad()(lambda: model(tokens)), need, max(1, TOKENS_TO_TIME // length), length, length)
 
     return {f"pure Mamba, {length:,} tokens": side(length) for length in lab.lengths or LONG_LENGTHS}
 
@@ -75,5 +75,5 @@ def long_pass(lab: Lab, at: Setting) -> Iterator[tuple[str, str, float] | tuple[
 LOAD = Race("load", "Loading a checkpoint", load_sides, by_length=False, extra=load_peaks, patience=4)
 LONG = Race(
     "long", "Long contexts", long_sides, by_length=False, one_row=True, extra=long_pass,
-    per_token=True, patience=10, opt_in=True, all_ours=True,
+    quantity="us per token", patience=10, opt_in=True, all_ours=True,
 )  # fmt: skip

@@ -21,49 +21,50 @@ EXPERTS = 8
 
 
 class Lab:
-    """What races share: the device, and the models of the width at hand (those of the last width are let go)."""
+    """What races share: the device, and the models of the size at hand (those of the last size are let go)."""
 
     def __init__(self, device: torch.device, directory: Path, lengths: tuple[int, ...] = ()) -> None:
         """``directory`` takes the checkpoints; ``lengths`` are those asked for, or empty: then a race has its own."""
         self.device, self.lengths = device, lengths
         self._directory = directory
-        self._d_model: int | None = None
+        self._size: tuple[int, int] | None = None
         self._made: dict[str, Any] = {}
 
-    def directory(self, d_model: int) -> Path:
+    def directory(self, d_model: int, layers: int = LAYERS) -> Path:
         """The checkpoint, with a tokenizer, which the bridge asks for."""
-        path = self._directory / f"d{d_model}"
+        path = self._directory / f"d{d_model}-{layers}"
         if not path.exists():
-            self._get(d_model, "theirs", partial(_write_checkpoint, d_model, path, self.device))
+            self._get((d_model, layers), "theirs", partial(_write_checkpoint, d_model, layers, path, self.device))
         return path
 
-    def ours(self, d_model: int) -> HookedJamba:
-        load = lambda: HookedJamba.from_pretrained(self.directory(d_model), device=self.device)  # noqa: E731
-        return self._get(d_model, "ours", lambda: _compile(load()))
+    def ours(self, d_model: int, layers: int = LAYERS) -> HookedJamba:
+        load = lambda: HookedJamba.from_pretrained(self.directory(d_model, layers), device=self.device)  # noqa: E731
+        return self._get((d_model, layers), "ours", lambda: _compile(load()))
 
-    def theirs(self, d_model: int) -> Any:
+    def theirs(self, d_model: int, layers: int = LAYERS) -> Any:
         """transformers' JambaForCausalLM."""
         from transformers import JambaForCausalLM
 
-        directory = self.directory(d_model)
+        directory = self.directory(d_model, layers)
         load = lambda: JambaForCausalLM.from_pretrained(directory, dtype=torch.float32).to(self.device).eval()  # noqa: E731
-        return self._get(d_model, "theirs", load)
+        return self._get((d_model, layers), "theirs", load)
 
-    def bridge(self, d_model: int) -> Any:
+    def bridge(self, d_model: int, layers: int = LAYERS) -> Any:
         """TransformerLens's bridge on a copy, since it changes the model that it is given."""
         from transformer_lens.model_bridge import TransformerBridge
 
         def boot() -> Any:
-            theirs = copy.deepcopy(self.theirs(d_model))
+            theirs = copy.deepcopy(self.theirs(d_model, layers))
             return TransformerBridge.boot_transformers(
-                str(self.directory(d_model)), hf_model=theirs, device=str(self.device)
+                str(self.directory(d_model, layers)), hf_model=theirs, device=str(self.device)
             )
 
-        return self._get(d_model, "bridge", boot)
+        return self._get((d_model, layers), "bridge", boot)
 
     def pure_mamba(self, d_model: int) -> HookedJamba:
         """Four Mamba layers and nothing else."""
-        return self._get(d_model, "mamba", lambda: _compile(HookedJamba(mamba_config(d_model), device=self.device)))
+        make = lambda: HookedJamba(mamba_config(d_model), device=self.device)  # noqa: E731
+        return self._get((d_model, LAYERS), "mamba", lambda: _compile(make()))
 
     def tokens(self, batch: int, length: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -72,9 +73,10 @@ class Lab:
     def random(self, *shape: int, seed: int = 0) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
-    def _get(self, d_model: int, name: str, make: Callable[[], Any]) -> Any:
-        if d_model != self._d_model:
-            self._made, self._d_model = {}, d_model
+    def _get(self, size: tuple[int, int], name: str, make: Callable[[], Any]) -> Any:
+        """``size``: d_model and layers."""
+        if size != self._size:
+            self._made, self._size = {}, size
             gc.collect()
         if name not in self._made:
             torch.manual_seed(0)
@@ -90,14 +92,14 @@ def _compile(model: HookedJamba) -> HookedJamba:
     return model
 
 
-def jamba_fields(d_model: int) -> dict[str, int | float]:
-    """The raced Jamba in transformers' names: 8 layers in the releases' proportions, 8 experts of width 2 d_model."""
+def jamba_fields(d_model: int, layers: int = LAYERS) -> dict[str, int | float]:
+    """The raced Jamba in transformers' names: layers in the releases' proportions, 8 experts of width 2 d_model."""
     heads = max(2, d_model // 32)
     return dict(
         vocab_size=VOCABULARY,
         hidden_size=d_model,
         intermediate_size=2 * d_model,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
         num_experts=EXPERTS,
@@ -119,11 +121,11 @@ def mamba_config(d_model: int) -> JambaConfig:
     )
 
 
-def _write_checkpoint(d_model: int, directory: Path, device: torch.device) -> Any:
+def _write_checkpoint(d_model: int, layers: int, directory: Path, device: torch.device) -> Any:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    model = transformers.JambaForCausalLM(transformers.JambaConfig(**jamba_fields(d_model))).eval()
+    model = transformers.JambaForCausalLM(transformers.JambaConfig(**jamba_fields(d_model, layers))).eval()
     model.save_pretrained(directory)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -137,7 +139,9 @@ def quiet_libraries() -> None:
     import warnings
 
     import transformers
+    from transformer_lens import patching
 
+    patching.tqdm = partial(patching.tqdm, disable=True)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="transformer")

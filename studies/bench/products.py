@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from jambascope.attention import Attention
+from jambascope.block import Block
 from jambascope.model import HookedJamba
 from jambascope.moe import MoE
 
@@ -26,27 +27,44 @@ Product = tuple[int, torch.Tensor]
 @torch.no_grad()
 def forward_products(model: HookedJamba, tokens: torch.Tensor) -> tuple[list[Product], list[torch.Tensor]]:
     """The products with weights of a pass over ``tokens`` [B T], and per attention layer queries to meet themselves."""
-    rows, experts = tokens.numel(), {}
+    rows, chosen = tokens.numel(), routes(model, tokens)
+    products, queries = [], []
+    for i, block in enumerate(model.blocks):
+        products += mixer_products(block, rows, rows)
+        if block.is_attention:
+            queries.append(_queries(block.attn, tokens))
+        if block.has_feed_forward:
+            products += feed_forward_products(block, rows, chosen.get(i))
+    return [*products, (rows, model.unembed.weight)], queries
+
+
+@torch.no_grad()
+def routes(model: HookedJamba, tokens: torch.Tensor) -> dict[int, list[int]]:
+    """MoE layer -> how many rows of a pass over ``tokens`` [B T] each expert gets."""
+    found: dict[int, list[int]] = {}
 
     def note(indices: torch.Tensor, hook) -> None:
-        experts[hook.name] = indices.flatten().bincount(minlength=model.config.num_experts).tolist()
+        found[int(hook.name.split(".")[1])] = indices.flatten().bincount(minlength=model.config.num_experts).tolist()
 
     listens = [(lambda name: name.endswith("router.hook_expert_indices"), note)]
     model.run_with_hooks(tokens, return_type=None, fwd_hooks=listens)
-    products, queries = [], []
-    for i, block in enumerate(model.blocks):
-        if block.is_attention:
-            products += [(rows, w.weight) for w in _linear(block.attn, "q_proj", "k_proj", "v_proj", "o_proj")]
-            queries.append(_queries(block.attn, tokens))
-        else:
-            products += [(rows, w.weight) for w in _linear(block.mixer, "in_proj", "x_proj", "dt_proj", "out_proj")]
-        if not block.has_feed_forward:
-            continue
-        if isinstance(block.mlp, MoE):
-            products += moe_products(block.mlp, experts[f"blocks.{i}.mlp.router.hook_expert_indices"])
-        else:
-            products += [(rows, w.weight) for w in _linear(block.mlp, "gate_proj", "up_proj", "down_proj")]
-    return [*products, (rows, model.unembed.weight)], queries
+    return found
+
+
+def mixer_products(block: Block, rows: int, out_rows: int) -> list[Product]:
+    """Those of an attention or Mamba-1 layer; ``out_rows`` leave it."""
+    if block.is_attention:
+        parts, out = _linear(block.attn, "q_proj", "k_proj", "v_proj"), block.attn.o_proj
+    else:
+        parts, out = _linear(block.mixer, "in_proj", "x_proj", "dt_proj"), block.mixer.out_proj
+    return [*((rows, part.weight) for part in parts), (out_rows, out.weight)]
+
+
+def feed_forward_products(block: Block, rows: int, counts: list[int] | None) -> list[Product]:
+    """``counts``: rows of each expert, of a layer that has experts."""
+    if isinstance(block.mlp, MoE):
+        return moe_products(block.mlp, counts)
+    return [(rows, part.weight) for part in _linear(block.mlp, "gate_proj", "up_proj", "down_proj")]
 
 
 def moe_products(moe: MoE, counts: list[int]) -> list[Product]:

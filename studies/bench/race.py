@@ -6,7 +6,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jambascope.errors import InputError
 from jambascope.studies.bench.timing import Budget, Clock, Failure, Forecast, Side, failure, run_race
@@ -14,6 +14,9 @@ from jambascope.studies.bench.timing import Budget, Clock, Failure, Forecast, Si
 if TYPE_CHECKING:
     from jambascope.studies.bench.models import Lab
 
+LENGTHS = (64, 128, 512)
+FULL_LENGTHS = (64, 128, 512, 2048, 8192, 32768)
+D_MODELS = (128, 512)
 OURS = "jambascope"
 EVERY_SIDE = "every side"
 """Of a race that could not be set up."""
@@ -70,6 +73,10 @@ class Race:
     bounds: tuple[str, ...] = ()
     """Sides that are no peers but what any implementation has to do at least."""
     by_length: bool = True
+    lengths: tuple[int, ...] = ()
+    """Run at these where no length is asked for, in place of the usual ones."""
+    d_models: tuple[int, ...] = ()
+    """The same of widths."""
     one_row: bool = False
     """One sequence whatever ``--batch`` says."""
     extra: Callable[[Lab, Setting], Iterable[tuple[str, str, float] | tuple[str, str]]] | None = None
@@ -78,11 +85,15 @@ class Race:
     """How many times ``--repeats`` may run while there is time left."""
     patience: float = 1
     """Times ``--budget``."""
-    per_token: bool = False
-    """Times are microseconds per token."""
+    quantity: Literal["ms", "us per token", "ms per cell"] = "ms"
+    """What times are given in: of a call, or of one of its units."""
     opt_in: bool = False
     all_ours: bool = False
     """No side is a peer's."""
+
+    @property
+    def per_token(self) -> bool:
+        return self.quantity == "us per token"
 
 
 @dataclass
@@ -104,11 +115,17 @@ def choose(names: list[str] | None, races: dict[str, Race]) -> list[Race]:
     return [races[n] for n in dict.fromkeys(names)] if names else [r for r in races.values() if not r.opt_in]
 
 
-def settings(races: list[Race], d_models: list[int], batch: int, lengths: list[int]) -> Iterator[tuple[Race, Setting]]:
-    """Every race once at every size, lengths ascending, so that a longer one can be foreseen."""
-    for d_model in dict.fromkeys(d_models):
+def settings(
+    races: list[Race], d_models: list[int] | None, batch: int, lengths: list[int] | None, full: bool = False
+) -> Iterator[tuple[Race, Setting]]:
+    """Every race once at every size that was asked for, or at its own; lengths ascending, so that a longer one can be
+    foreseen."""
+    for d_model in dict.fromkeys(d_models or (*D_MODELS, *(d for race in races for d in race.d_models))):
         for race in races:
-            for length in sorted(set(lengths)) if race.by_length else [0]:
+            if not d_models and d_model not in (race.d_models or D_MODELS):
+                continue
+            usual = race.lengths or (FULL_LENGTHS if full else LENGTHS)
+            for length in sorted(set(lengths or usual)) if race.by_length else [0]:
                 yield race, Setting(d_model, 1 if race.one_row else batch, length)
 
 
@@ -146,9 +163,9 @@ def run(
         for name, ms in times.items():
             forecast.note((race.name, name, at.d_model), at.length, statistics.median(ms))
             length = at.length if sides[name].length is None else sides[name].length
-            scale, quantity = (1e3 / (at.batch * length), "us per token") if race.per_token else (1.0, "ms")
+            scale = (1e3 if race.per_token else 1) / sides[name].units
             sizes = race.name, name, at.d_model, at.batch, length
-            results.rows += [Row(*sizes, k, quantity, scale * v) for k, v in enumerate(ms)]
+            results.rows += [Row(*sizes, k, race.quantity, scale * v) for k, v in enumerate(ms)]
         _run_extra(lab, race, at, results)
         del sides  # their tensors
         gc.collect()

@@ -6,7 +6,9 @@ from jambascope.studies.bench.kernel_races import EXPERT_RACE, SCAN, SCAN_BACKWA
 from jambascope.studies.bench.memory_races import LOAD, LONG
 from jambascope.studies.bench.model_races import CACHE, GENERATE, HOOKS, PREFILL, TRAIN
 from jambascope.studies.bench.race import Race
+from jambascope.studies.bench.sweep_races import SWEEP
 
 RACES: dict[str, Race] = {
-    race.name: race for race in (SCAN, SCAN_BACKWARD, EXPERT_RACE, PREFILL, CACHE, GENERATE, TRAIN, LOAD, HOOKS, LONG)
+    race.name: race
+    for race in (SCAN, SCAN_BACKWARD, EXPERT_RACE, PREFILL, CACHE, GENERATE, TRAIN, LOAD, HOOKS, SWEEP, LONG)
 }

@@ -22,7 +22,7 @@ from jambascope.studies.environment import machine
 from jambascope.studies.figures.bench import Point, cost_against_length, costs
 
 TARGETS_TITLE = "Figures to reach, on a CPU"
-UNITS = {"ms": "time (ms)", "us per token": "time per token (us)"}
+UNITS = {"ms": "time (ms)", "us per token": "time per token (us)", "ms per cell": "time per cell (ms)"}
 
 
 @dataclass

@@ -11,6 +11,7 @@ from jambascope.studies.bench.memory_races import PEAK
 from jambascope.studies.bench.model_races import BRIDGE, NO_HOOKS, ONE_HOOK, TRANSFORMERS
 from jambascope.studies.bench.products import PRODUCTS
 from jambascope.studies.bench.race import EVERY_SIDE, OURS, Race, Setting, Skip, Summary
+from jambascope.studies.bench.sweep_races import THEIR_LOOP, depth
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ TARGETS = (
            (512, 128, 64), "times faster", 8),
     Target("experts, d_model 512, T 128: at least 1.8x transformers' grouped", "experts", "transformers grouped", 512,
            (128,), "times faster", 1.8),
+    Target("patching, 8 x 64: at least 50x TransformerLens", "sweep", THEIR_LOOP, 128, (64,), "times faster", 50,
+           batch=1),
+    Target("patching, 32 x 256: at least 50x TransformerLens", "sweep", THEIR_LOOP, 128, (256,), "times faster", 50,
+           batch=1),
+    Target("patching, 8 x 64: at most 2 of its matrix products alone", "sweep", PRODUCTS, 128, (64,),
+           "times the bound", 2, batch=1),
+    Target("patching, 32 x 256: at most 2 of its matrix products alone", "sweep", PRODUCTS, 128, (256,),
+           "times the bound", 2, batch=1),
 )  # fmt: skip
 FLATNESS, LONGEST = 0.10, 262_144
 LONG_PASS_GB = 8.0
@@ -97,13 +106,15 @@ def _judge(target: Target, summaries: Sequence[Summary], skips: Sequence[Skip]) 
         and (target.any_length or s.length in target.lengths)
     ]
     length = target.lengths[0]
-    missing = why[0] if why else f"run --race {target.race} --d-model {target.d_model} --length {length}"
+    missing = why[0] if why else f"run jambascope bench {target.race} --d-model {target.d_model} --length {length}"
     return Verdict(target.text, _where(target, length), missing, None)
 
 
 def _where(target: Target, length: int) -> str:
     if target.race == "generate":
         return f"batch {target.batch}, after a prompt of {length:,} tokens"
+    if target.race == "sweep":
+        return f"{depth(length)} layers x {length} positions"
     return f"batch {target.batch} x {length:,}"
 
 
@@ -123,7 +134,7 @@ def _flatness(summaries: Sequence[Summary]) -> Verdict:
     found = {s.length: s for s in summaries if s.quantity == "us per token" and s.d_model == 128}
     where = "d_model 128, batch 1"
     if not {1024, LONGEST} <= set(found):
-        return Verdict(text, where, f"run --race long --d-model 128 --length 1024 --length {LONGEST}", None)
+        return Verdict(text, where, f"run jambascope bench long --d-model 128 --length 1024 --length {LONGEST}", None)
     medians = {length: s.median for length, s in found.items() if 1024 <= length <= LONGEST}
     shift = max(abs(m / medians[1024] - 1) for m in medians.values())
     each = ", ".join(f"{length:,}: {m:.3g}" for length, m in sorted(medians.items()))
@@ -135,21 +146,21 @@ def _long_pass(summaries: Sequence[Summary]) -> Verdict:
     for s in summaries:
         if s.race == "long" and s.quantity == PEAK and f"{LONGEST:,}" in s.side:
             return Verdict(text, "batch 1", f"{s.median:.2f} GB at its peak, whole process", s.median < LONG_PASS_GB)
-    return Verdict(text, "batch 1", f"run --race long --length {LONGEST}", None)
+    return Verdict(text, "batch 1", f"run jambascope bench long --length {LONGEST}", None)
 
 
 def against_bounds(summaries: Sequence[Summary]) -> list[str]:
     """How far the scan is from the memory and the exponentials of this machine, and the forward from its products."""
     by_size: dict[tuple, dict[str, Summary]] = {}
     for s in summaries:
-        if s.quantity == "ms":
+        if s.quantity in ("ms", "ms per cell"):
             by_size.setdefault((s.race, s.d_model, s.batch, s.length), {})[s.side] = s
     lines = []
     for (race, d_model, batch, length), sides in by_size.items():
         where = f"d_model {d_model}, batch {batch} x {length:,}"
         if OURS not in sides:
             continue
-        if race in ("prefill", "experts") and PRODUCTS in sides and sides[PRODUCTS].ratio is not None:
+        if race in ("prefill", "experts", "sweep") and PRODUCTS in sides and sides[PRODUCTS].ratio is not None:
             outside = 1 - sides[PRODUCTS].ratio
             lines.append(f"{race}, {where}: {100 * outside:.0f}% of the time is spent outside its matrix products")
         if race == "scan" and COPY in sides and sides[COPY].ratio is not None:

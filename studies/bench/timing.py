@@ -23,6 +23,8 @@ class Side:
     """Calls to one timing, for calls too short to be timed alone."""
     length: int | None = None
     """Tokens of a sequence, where the sides of one race differ in them."""
+    units: int = 1
+    """Tokens or cells that a call is about, where a race's times are per token or per cell."""
 
 
 class Clock(Protocol):

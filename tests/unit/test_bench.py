@@ -13,7 +13,7 @@ import typer
 
 from jambascope.errors import ConfigError
 from jambascope.hook_point import HookPoint
-from jambascope.studies.bench import children, exp_kernel, kernel_races, peers, report, targets
+from jambascope.studies.bench import children, exp_kernel, kernel_races, peers, report, sweep_races, targets
 from jambascope.studies.bench.command import bench
 from jambascope.studies.bench.hook_removal import without_hook_points
 from jambascope.studies.bench.models import Lab
@@ -81,6 +81,46 @@ def test_products_are_those_of_the_forward(lab):
     assert sum(n * w.numel() for n, w in products) == total
     assert [q.shape for q in queries] == [(2, c.n_heads, 19, c.d_head)]
     call_products(products, queries)()
+
+
+def test_sweep_sides_compute_the_same(lab):
+    at = Setting(d_model=32, batch=1, length=sweep_races.LENGTHS[0])
+    sides = sweep_races.sweep_sides(lab, at)
+    every = sides[OURS].call().values["resid_pre"][0, 0]
+    assert every.size == sides[OURS].units == 512 and every.std() > 0
+    index = sweep_races.sample(at.length)
+    ours = torch.tensor([every.sel(layer=layer, position=p).item() for layer, p in index.itertuples(index=False)])
+    for name in (sweep_races.OUR_LOOP, sweep_races.THEIR_LOOP):
+        assert sides[name].units == len(index)
+        torch.testing.assert_close(sides[name].call(), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_products_of_a_sweep_are_those_of_its_cells(lab):
+    """Counted cell by cell: what a forward pass multiplies for a position, at every layer from the patched one on."""
+    model, tokens, cells = lab.ours(32), lab.tokens(1, 19), range(0, 19, 4)
+    c = model.config
+    D, E, F = c.d_model, c.d_inner, c.d_mlp
+    mamba = D * 2 * E + E * (c.dt_rank + 2 * c.d_state) + c.dt_rank * E
+    attention = 2 * D * c.n_heads * c.d_head + 2 * D * c.n_key_value_heads * c.d_head
+    moe = D * c.num_experts + c.experts_per_token * 3 * D * F
+    of_layer = [
+        (attention if mixer == "attention" else mamba + E * D) + (moe if kind == "moe" else 3 * D * F)
+        for mixer, kind in zip(c.mixers, c.feed_forwards, strict=True)
+    ]
+    expected = sum((19 - p) * sum(of_layer[layer:-1]) for layer in range(c.n_layers) for p in cells)
+    expected += c.n_layers * sum((19 - p) * mamba + E * D + moe + D * c.d_vocab for p in cells)
+    found = sweep_races.sweep_products(model, tokens, cells)
+    assert abs(sum(n * w.numel() for n, w in found) / expected - 1) < 0.01  # experts' rows are rounded
+    assert max(n for n, _ in found) <= sweep_races.PIECE
+    sweep_races.call_sweep_products(model, tokens, cells)()
+
+
+def test_longer_prompts_are_patched_at_fewer_positions():
+    for length in sweep_races.LENGTHS:
+        assert sweep_races.depth(length) * len(sweep_races.positions(length)) == sweep_races.MOST_CELLS
+    assert [sweep_races.depth(length) for length in sweep_races.LENGTHS] == [8, 32]
+    index = sweep_races.sample(256)
+    assert index["layer"].nunique() == index["pos"].nunique() == len(index) == sweep_races.SAMPLE
 
 
 def test_hook_points_are_gone_from_the_bare_model(lab, monkeypatch):
@@ -176,7 +216,7 @@ def test_figures_of_long_contexts():
 def test_figures_of_races_that_were_not_run_are_not_shown():
     skip = Skip("generate", "other", 128, 1, 64, "")
     (missing,) = targets.judge([], [skip], "cpu")
-    assert missing.measured == "run --race generate --d-model 128 --length 64"
+    assert missing.measured == "run jambascope bench generate --d-model 128 --length 64"
     at_512 = Summary("generate", "transformers", 128, 1, 512, "ms", 7, 1, 1, 1, 6.0, 6.0, 6.0)
     (found,) = targets.judge([at_512], [], "cpu")
     assert found.reached and found.where == "batch 1, after a prompt of 512 tokens"
@@ -190,9 +230,9 @@ def test_every_race_at_a_tiny_size(tmp_path, capsys):
     bench(race=list(RACES), d_model=[32], length=[16, 24], full=False, batch=2, repeats=1, budget=60, device="cpu",
           out=out, page=page)  # fmt: skip
     said = capsys.readouterr()
-    assert "[18 of 18] long, d_model 32" in said.err
+    assert "[20 of 20] long, d_model 32" in said.err
     found = json.loads(out.read_text())
-    sides = {(r["race"], r["side"]) for r in found["rows"] if r["quantity"] in ("ms", "us per token")}
+    sides = {(r["race"], r["side"]) for r in found["rows"] if r["quantity"] in report.UNITS}
     expected = {
         "scan": [OURS, "transformers", "torch.exp"],
         "scan-backward": [OURS, "transformers"],
@@ -203,6 +243,7 @@ def test_every_race_at_a_tiny_size(tmp_path, capsys):
         "training-step": [OURS, "transformers"],
         "load": [OURS, "transformers"],
         "hooks": ["hook points removed", "no hooks", "one residual hook"],
+        "sweep": [OURS, "hooks.patching (8 cells)", "TransformerLens (8 cells)", "matrix products alone"],
         "long": ["pure Mamba, 16 tokens", "pure Mamba, 24 tokens"],
     }
     assert {(race, side) for race, names in expected.items() for side in names} <= sides

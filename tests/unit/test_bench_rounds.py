@@ -181,6 +181,26 @@ def test_ratios_are_of_neighbouring_runs():
     assert [s.ratio for s in summarize(Results(zero), RACES)] == [None, None]
 
 
+def test_races_of_cells_say_what_a_cell_costs():
+    def sides(lab, at) -> dict:
+        return {OURS: Side(lambda: 6.0, units=12), "peer": Side(lambda: 10.0, units=2)}
+
+    race, results = Race("sweep", "", sides, quantity="ms per cell"), Results()
+    run(None, TellingClock(), [(race, AT)], 2, 1.0, lambda done, doing: None, results)
+    ours, peer = summarize(results, RACES)
+    assert (ours.median, peer.median, peer.ratio, peer.quantity) == (0.5, 5, 10, "ms per cell")
+
+
+def test_a_race_has_sizes_of_its_own_where_none_are_asked_for():
+    races = [RACES["prefill"], RACES["sweep"]]
+    sizes = [(race.name, at.d_model, at.length) for race, at in settings(races, None, 4, None)]
+    usual = [("prefill", d_model, length) for d_model in (128, 512) for length in (64, 128, 512)]
+    assert sorted(sizes) == sorted([*usual, ("sweep", 128, 64), ("sweep", 128, 256)])
+    assert [at.length for _, at in settings(races, [32], 4, [16])] == [16, 16]
+    assert max(at.length for _, at in settings(races[:1], [32], 4, None, full=True)) == 32768
+    assert [at.length for _, at in settings(races[1:], [32], 4, None, full=True)] == [64, 256]
+
+
 def test_the_plan_foresees_longer_lengths_and_asks_for_slow_races_only_by_name():
     plan = list(settings([RACES["scan"], RACES["load"], RACES["generate"]], [128, 128], 4, [512, 64, 512]))
     assert [(race.name, at.batch, at.length) for race, at in plan] == [

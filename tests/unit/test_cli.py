@@ -123,7 +123,7 @@ def test_zoo_lists_the_whole_family_in_80_columns(tmp_path, monkeypatch):
         (["inspect", "MODEL", "--context", "0"], 2, "Invalid value for '--context'"),
         (["inspekt"], 2, "No such command 'inspekt'"),
         (["dashboard", "nowhere"], 1, "'nowhere' is neither a directory nor a packaged model"),
-        (["bench", "--race", "sleep"], 1, "race='sleep' must be one of"),
+        (["bench", "sleep"], 1, "race='sleep' must be one of"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
