@@ -215,7 +215,7 @@ def _reading_of(rows: pd.DataFrame, halves: pd.DataFrame) -> str:
     if clear.empty:
         return words + "nothing that is measured here changes clearly over training (p < 0.05 after Holm)."
     said = [
-        f"{r.measure} (from {r['first']:.2f} to {r['last']:.2f}) is half way at step "
+        f"{r.measure} (from {r['first']:.2f} to {r['last']:.2f}, n = {r['n']}) is half way at step "
         f"{number(*r[ENDS], 0)}, between the checkpoints {r['between']}"
         for _, r in clear.iterrows()
     ]
@@ -235,7 +235,7 @@ def _reading_of(rows: pd.DataFrame, halves: pd.DataFrame) -> str:
     words += f" Controls at the end: {control}." if control else ""
     changes = ", ".join(f"{step:g}" for step in sorted(rows[rows.measure == "data change"].step.unique()))
     if changes:
-        words += f" Training's data change at steps {changes}: what comes right after one may be what the data newly ask for."
+        words += f" Training's data change at steps {changes}: what comes right after may be what they newly ask for."
     return words
 
 
@@ -248,9 +248,10 @@ study = Study(
     "opened one after the other and read the same sequences. Heads: of the finished weights the head with the highest "
     "previous-token score and the one with the highest prefix matching (Olsson et al. 2022) are found on one half of "
     "the repeated random sequences, and followed through all snapshots on the other. Repetition: accuracy on tokens "
-    "said the second time. ICL score: mean loss of the last 11 tokens of rows of 256 less that around token 25. "
-    "Recall: a table of eight pairs is asked for; label mass: probability of both labels after eight shots (the "
-    "packaged models' language alone).\n\n"
+    "said the second time. ICL score: mean loss of the last 11 tokens of rows less that around token 25; the packaged "
+    "language packs unrelated documents into a row, of which what lies far back tells little. Recall: a table of "
+    "eight pairs is asked for; label mass: probability of both labels after eight shots (the packaged models' "
+    "language alone).\n\n"
     "Half way: from which step on the mean stays beyond half of its way from the first checkpoint to the last, "
     "interpolated between checkpoints in the logarithm of the step; intervals resample sequences, and the two "
     "checkpoints around bound what can be known.",

@@ -117,7 +117,7 @@ def test_the_reading_says_what_came_when_and_what_did_not():
         ]
     )
     text = emergence.reading(spec_of(), rows)
-    assert "prefix matching (from 0.06 to 1.05) is half way at step 50" in text
+    assert "prefix matching (from 0.06 to 1.05, n = 12) is half way at step 50" in text
     assert f"{emergence.INDUCTION} before {emergence.RECALL}" in text
     assert "No clear change: ICL score (nats) (0.35 to 0.35)" in text
     flat = emergence.reading(spec_of(), rows[rows.measure == emergence.ICL])

@@ -135,7 +135,7 @@ def test_an_expert_that_adds_nothing_is_missed_by_nobody(micro):
 
 
 def test_the_balancing_loss_evens_small_models_out(micro):
-    rows = expert_ablation.balancing_rows(micro.config, 1.0, 25, 1, 0)
+    rows = expert_ablation.balancing_rows(micro.config, 1.0, 8, 1, 0)
     cv = {row["condition"]: row["value"] for row in rows if row["measure"] == expert_ablation.TRAINED_CV}
     assert cv["with less without"] == pytest.approx(cv["coefficient 1"] - cv["coefficient 0"])
     assert cv["coefficient 1"] < cv["coefficient 0"]
