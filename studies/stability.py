@@ -21,11 +21,10 @@ from jambascope.studies import training_stress
 from jambascope.studies.corpus import TEXT, check_corpus, mixed
 from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.zoo import Panel, Point, lines
-from jambascope.studies.head_ablation import plural
-from jambascope.studies.multiple import holm, sign_flip_p
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 from jambascope.studies.runner.summary import number, summarize
+from jambascope.studies.stability_reading import BY, ENDS, GROWTH, MAX, POINTS, RMS, UNTRAINED, names_of, reading
 from jambascope.studies.training_stress import (
     CLIPPED,
     DIPS,
@@ -34,23 +33,10 @@ from jambascope.studies.training_stress import (
     GRADIENT,
     LARGEST,
     SPIKES,
-    summary_of_pairs,
 )
 
-ENDS = ["mean", "low", "high"]
-POINTS = {
-    "dt": "mixer.hook_dt",
-    "B": "mixer.hook_B",
-    "C": "mixer.hook_C",
-    "state": "mixer.hook_ssm_state",
-    "mixer out": "hook_mixer_out",
-    "residual stream": "hook_resid_post",
-}
 APART = 16
 """States are looked at at every so many positions."""
-RMS, MAX, GROWTH = "largest RMS of a layer: ", "largest activation: ", "RMS beyond training over within: "
-UNTRAINED = "untrained"
-BY = ("condition",)
 
 
 class StabilitySpec(Spec):
@@ -107,22 +93,17 @@ def measure(spec: StabilitySpec, cell: Cell, model: HookedJamba) -> Found:
     return Found(rows)
 
 
-def names_of(spec: StabilitySpec) -> list[str]:
-    """Windows by name."""
-    return [f"{a}-{b}" for a, b in zip(spec.edges, spec.edges[1:], strict=False)]
-
-
 def _rows(spec: StabilitySpec, model: HookedJamba, tokens: Int[torch.Tensor, "prompts pos"], kind: str) -> list[dict]:
     """Of every prompt, window and layer; then the largest over layers, and the growth beyond the trained length."""
     rows, names = [], names_of(spec)
-    within, beyond = names.index(next(n for n in names if n.endswith(f"-{spec.trained}"))), len(names) - 1
-    for quantity, by_layer in sizes(model, tokens, spec.edges, spec.batch_size).items():
-        for layer, (rms, largest) in by_layer.items():
+    within, beyond = (names.index(name) for name in compared_windows(spec))
+    for quantity, layers in sizes(model, tokens, spec.edges, spec.batch_size).items():
+        for layer, (rms, largest) in layers.items():
             for w, name in enumerate(names):
                 where = {"quantity": quantity, "layer": layer, "condition": name + kind}
                 for measure_, values in (("layer: RMS", rms), ("layer: largest", largest)):
                     rows += _samples(measure_, values[:, w], **where)
-        stacked = [torch.stack([found[i] for found in by_layer.values()]) for i in (0, 1)]  # [layers prompts windows]
+        stacked = [torch.stack([found[i] for found in layers.values()]) for i in (0, 1)]  # [layers prompts windows]
         for w, name in enumerate(names):
             rows += _samples(RMS + quantity, stacked[0][..., w].amax(0), condition=name + kind)
             rows += _samples(MAX + quantity, stacked[1][..., w].amax(0), condition=name + kind)
@@ -175,26 +156,39 @@ def sizes(
 # -- the report ----------------------------------------------------------------------------------------------
 
 
+def compared_windows(spec: StabilitySpec) -> tuple[str, str]:
+    """The window that ends with the trained length, and the last."""
+    names = names_of(spec)
+    return next(name for name in names if name.endswith(f"-{spec.trained}")), names[-1]
+
+
+def by_layer(spec: StabilitySpec, rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+    """Every quantity of every layer in the two windows that are compared, of the weights as trained."""
+    own = rows[rows.measure.isin(measures) & rows.condition.isin(compared_windows(spec))]
+    return summarize(own.astype({"layer": int}), measures, ("quantity", "layer", "condition"))
+
+
 def tables(spec: StabilitySpec, rows: pd.DataFrame) -> Sequence[tuple[str, pd.DataFrame]]:
-    """Layer by layer."""
-    own = rows[rows.measure.isin(["layer: RMS", "layer: largest"]) & ~rows.condition.str.contains(UNTRAINED, na=False)]
-    own = own.astype({"layer": int})
-    found = summarize(own, ["layer: RMS", "layer: largest"], ("quantity", "layer", "condition"))
-    return [("By layer and window", found)]
+    """A line for every layer and quantity, a column for every window."""
+    found = by_layer(spec, rows, ("layer: RMS", "layer: largest"))
+    words = [number(*line[ENDS], 3) for _, line in found.iterrows()]
+    names = found.measure.str.removeprefix("layer: ") + " at " + found.condition
+    found = found.assign(words=words, column=names, layer=found.layer.astype(str))
+    keys = ["recipe", "quantity", "layer", "n"]
+    table = found.pivot_table(index=keys, columns="column", values="words", aggfunc="first", sort=False).reset_index()
+    return [("Layer by layer: means over prompts and 95 % intervals", table)]
 
 
 def figures(spec: StabilitySpec, rows: pd.DataFrame) -> list[go.Figure]:
-    by_layer = tables(spec, rows)[0][1]
-    made = []
-    for recipe, own in by_layer[by_layer.measure == "layer: largest"].groupby("recipe", sort=False):
+    found, made = by_layer(spec, rows, ("layer: largest",)), []
+    for recipe, own in found.groupby("recipe", sort=False):
         panels = [
             (q, [Dot(f"layer {r.layer}", r.condition, r["mean"], r.low, r.high) for _, r in part.iterrows()])
             for q, part in own.groupby("quantity", sort=False)
         ]
         title = f"Largest magnitudes inside Mamba layers, {recipe}"
-        made.append(
-            dots(title, "mean over prompts and 95 % interval; colours: positions", panels, "magnitude", log=True)
-        )
+        subtitle = "means over prompts and 95 % intervals; colours: positions, the last of training and the last read"
+        made.append(dots(title, subtitle, panels, "magnitude", log=True))
     return [*made, *_log_figure(rows), *_stress_figure(spec, rows)]
 
 
@@ -226,89 +220,6 @@ def _stress_figure(spec: StabilitySpec, rows: pd.DataFrame) -> list[go.Figure]:
         panels.append((name, dotted))
     title, subtitle = "Small models trained at high rates", "means over trainings that did not diverge"
     return [dots(title, subtitle, panels, "", log=True)]
-
-
-def reading(spec: StabilitySpec, rows: pd.DataFrame) -> str:
-    """What was found of every recipe, also when that is nothing."""
-    inner = rows[rows.part == "activations"]
-    words = [_reading_of(spec, inner[inner.recipe == recipe], recipe) for recipe in inner.recipe.unique()]
-    stress = rows[rows.part == "learning-rate stress"]
-    return "\n\n".join([*words, _stress(spec, stress)] if len(stress) else words)
-
-
-def _reading_of(spec: StabilitySpec, rows: pd.DataFrame, recipe: str) -> str:
-    names = names_of(spec)
-    growth, tests = summarize(rows, [GROWTH + q for q in POINTS], BY), []
-    for _, line in growth[~growth.condition.str.contains(UNTRAINED)].iterrows():
-        own = rows[(rows.measure == line.measure) & (rows.condition == line.condition)]
-        values = own.groupby(["seed", "sample"])["value"].mean()
-        tests.append((line, sign_flip_p(torch.tensor(values.to_numpy()).log())))
-    adjusted = holm([p for _, p in tests])
-    said = [
-        f"{line.measure.removeprefix(GROWTH)} {number(*line[ENDS])}" + ("" if p < 0.05 else " (not told from 1)")
-        for (line, _), p in zip(tests, adjusted, strict=True)
-    ]
-    most = max(abs(float(torch.tensor(line["mean"]).log())) for line, _ in tests)
-    verdict = "Nothing grows or shrinks by half" if most < 0.405 else "Some grow or shrink by half or more"
-    largest = summarize(rows, [MAX + q for q in POINTS], BY)
-    within = largest[largest.condition == names[-1]]
-    maxima = ", ".join(f"{r.measure.removeprefix(MAX)} {r['mean']:.3g}" for _, r in within.iterrows())
-    n = plural(int(growth.n.max()), "prompt")
-    words = (
-        f"{recipe}: {verdict} beyond the trained length. RMS at positions {names[-1]} over that in the last trained "
-        f"window, mean over layers, {n}: {'; '.join(said)} (p < 0.05 after Holm unless said). "
-        f"Largest magnitudes at {names[-1]}: {maxima}."
-    )
-    if spec.untrained:
-        control = growth[growth.condition.str.contains(UNTRAINED)]
-        said = ", ".join(f"{r.measure.removeprefix(GROWTH)} {r['mean']:.2f}" for _, r in control.iterrows())
-        words += f" With random weights the ratios are {said}."
-    return f"{words}\n\n{_log(rows, recipe)}"
-
-
-def _log(rows: pd.DataFrame, recipe: str) -> str:
-    own = rows[rows.condition == "training log"]
-    if own.empty:
-        return f"{recipe}: no training log lies beside the weights (training/log.parquet), so none is read."
-    means = own.groupby("measure")["value"].mean()
-    counts = own[own.measure == SPIKES]
-    verdict = (
-        "spikes no more than it dips, as noise would" if means[SPIKES] <= means[DIPS] else "spikes more than it dips"
-    )
-    clipped = f", {100 * means[CLIPPED]:.0f} % of the steps were clipped" if CLIPPED in means else ""
-    return (
-        f"Its training log ({plural(len(counts), 'training')} of {int(counts.n.max())} steps) {verdict}: "
-        f"{means[SPIKES]:g} steps lie {training_stress.FAR:g} robust standard deviations above the steps before them, "
-        f"{means[DIPS]:g} as far below; the largest gradient norm is {means[GRADIENT]:.3g}{clipped}."
-    )
-
-
-def _stress(spec: StabilitySpec, rows: pd.DataFrame) -> str:
-    said, diverged, larger = [], {"with": 0, "without": 0}, 0
-    for rate in spec.rates:
-        ends = {w: rows[rows.condition == f"{w} inner norms, rate {rate:g}"] for w in diverged}
-        gone = {w: own[own.measure == DIVERGED]["value"] for w, own in ends.items()}
-        diverged = {w: n + int(gone[w].sum()) for w, n in diverged.items()}
-        largest = {w: own[own.measure == LARGEST]["value"].max() for w, own in ends.items()}
-        larger = int((summary_of_pairs(rows, LARGEST, rate) > 0).sum())
-        loss = summary_of_pairs(rows, END_LOSS, rate)
-        words = (
-            f"At rate {rate:g} {int(gone['without'].sum())} of {len(gone['without'])} diverge without and "
-            f"{int(gone['with'].sum())} of {len(gone['with'])} with them; the largest activation inside Mamba is "
-            f"{largest['without']:.3g} without, {largest['with']:.3g} with (larger without in {larger} pairs)"
-        )
-        if len(loss):
-            words += (
-                f"; the loss ends {loss.mean():+.2f} nats without ({int((loss > 0).sum())} of {len(loss)} pairs higher)"
-            )
-        said.append(words + ".")
-    verdict = "diverge more often" if diverged["without"] > diverged["with"] else "do not diverge more often"
-    grown = "all" if larger == spec.trainings else f"{larger} of {spec.trainings}"
-    return (
-        f"Small models trained here for {plural(spec.steps, 'step')} without inner norms {verdict} than with them; at "
-        f"the highest rate their activations are larger in {grown} pairs. {' '.join(said)} With "
-        f"{plural(spec.trainings, 'pair')} at each rate only large effects show."
-    )
 
 
 study = Study(
