@@ -19,8 +19,9 @@ from jambascope.errors import ConfigError
 from jambascope.hooks.heads import HeadScores, repeated_random_tokens, score_heads, shuffled
 from jambascope.model import HookedJamba
 from jambascope.studies.corpus import TEXT, check_corpus, losses_and_hits, mixed, speaks_zoo
+from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
-from jambascope.studies.figures.zoo import Panel, Point, lines
+from jambascope.studies.figures.zoo import Point
 from jambascope.studies.head_ablation import plural
 from jambascope.studies.multiple import holm, sign_flip_p
 from jambascope.studies.runner.models import open_model
@@ -170,25 +171,20 @@ def tables(spec: EmergenceSpec, rows: pd.DataFrame) -> Sequence[tuple[str, pd.Da
 def figures(spec: EmergenceSpec, rows: pd.DataFrame) -> list[go.Figure]:
     summary = summarize(rows, (*EMERGING, *CONTROLS), ("step",))
 
-    def panel(title: str, measure_: str) -> Panel:
-        own = summary[summary.measure == measure_]
-        return Panel(title, [Point(r.recipe, None, float(r.step), r["mean"], r.low, r.high) for _, r in own.iterrows()])
+    def panels(**named: str) -> list[tuple[str, list[Point]]]:
+        found = []
+        for title, measure_ in named.items():
+            own = summary[summary.measure == measure_]
+            points = [Point(r.recipe, None, float(r.step), r["mean"], r.low, r.high) for _, r in own.iterrows()]
+            found += [(title.replace("_", " "), points)] if points else []
+        return found
 
-    subtitle = "means over held-out sequences and 95 % intervals; snapshots on a logarithmic axis"
-    made = []
-    if (summary.measure == INDUCTION).any():
-        heads = [
-            panel("previous token", PREVIOUS),
-            panel("induction", INDUCTION),
-            panel("random order", IN_RANDOM_ORDER),
-        ]
-        made.append(lines("Heads over training", subtitle, [("attention", heads)], "training step"))
-    told = [panel("repetition", REPEATED), panel("other order", OTHER_ORDER)]
-    if (summary.measure == RECALL).any():
-        told += [panel("recall", RECALL), panel("label mass", LABELS)]
-    made.append(lines("What the context tells", subtitle, [("share", told)], "training step"))
-    icl = [("late less early (nats)", [panel("", ICL)])]
-    made.append(lines("ICL score over training", subtitle, icl, "training step", unit_range=False))
+    subtitle = "means over held-out sequences and 95 % intervals"
+    heads = panels(previous_token=PREVIOUS, induction=INDUCTION, random_order=IN_RANDOM_ORDER)
+    told = panels(repetition=REPEATED, other_order=OTHER_ORDER, recall=RECALL, label_mass=LABELS)
+    made = [courses("Heads over training", subtitle, heads, "attention", unit_range=True)] if heads else []
+    made.append(courses("What the context tells", subtitle, told, "share", unit_range=True))
+    made.append(courses("ICL score over training", subtitle, panels(ICL=ICL), "late less early (nats)"))
     halves = half_ways(rows)
     halves = halves[(halves.p < 0.05) & np.isfinite(halves["mean"])]
     if len(halves):

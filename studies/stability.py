@@ -19,8 +19,9 @@ from jambascope.hook_point import At
 from jambascope.model import HookedJamba, initialize
 from jambascope.studies import training_stress
 from jambascope.studies.corpus import TEXT, check_corpus, mixed
+from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
-from jambascope.studies.figures.zoo import Panel, Point, lines
+from jambascope.studies.figures.zoo import Point
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 from jambascope.studies.runner.summary import number, summarize
@@ -196,13 +197,12 @@ def _log_figure(rows: pd.DataFrame) -> list[go.Figure]:
     own = rows[rows.measure.str.startswith("log: ")]
     if own.empty:
         return []
-    nan = float("nan")
-    panels = []
+    nan, panels = float("nan"), []
     for name, part in own.groupby("measure", sort=False):
         means = part.groupby(["recipe", "x"], sort=False)["value"].mean()
         points = [Point(recipe, None, x, value, nan, nan) for (recipe, x), value in means.items()]
-        panels.append((name.removeprefix("log: "), [Panel("", points)]))
-    return [lines("Training logs", "60 pieces of each training", panels, "step", unit_range=False)]
+        panels.append((name.removeprefix("log: "), points))
+    return [courses("Training logs", "60 pieces of each training; the data may change on the way", panels, "")]
 
 
 def _stress_figure(spec: StabilitySpec, rows: pd.DataFrame) -> list[go.Figure]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from jambascope.studies.figures.course import log_ticks
 from jambascope.studies.figures.theme import FIRST, GUIDE, SECOND, frame
 
 GRID = "rgba(128,128,128,0.25)"
@@ -55,8 +56,13 @@ def dots(
             fig.add_vline(guide, line={"color": GUIDE, "dash": "dot"}, row=1, col=column)
     ticks = {"tickmode": "array", "tickvals": list(range(len(rows))), "ticktext": rows}
     fig.update_yaxes(ticks | {"range": [len(rows) - 0.4, -0.6], "showgrid": False, "zeroline": False})
-    kind = {"type": "log", "dtick": 1} if log else {}
-    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GUIDE, title={"text": unit, "standoff": 6}, nticks=7, **kind)
+    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GUIDE, title={"text": unit, "standoff": 6}, nticks=7)
+    for column, (_, own) in enumerate(panels if log else (), 1):
+        ends = [value for dot in own for value in (dot.mean, dot.low, dot.high) if 0 < value < math.inf]
+        ticks = log_ticks(min(ends) / 1.3, max(ends) * 1.3, 4) if ends else []
+        texts = [f"{tick:.4g}" if tick < 1e5 else f"{tick:.0e}".replace("e+", "e") for tick in ticks]
+        axis = {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": texts, "tickangle": 0}
+        fig.update_xaxes(axis, row=1, col=column)
     height = (210 if len(series) > 1 else 170) + max(60, (14 + 13 * len(series)) * len(rows))
     frame(fig, title, subtitle, height=height, showlegend=len(series) > 1)
     below = {"orientation": "h", "yanchor": "bottom", "y": 0, "yref": "container", "xanchor": "left", "x": 0}
