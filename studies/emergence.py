@@ -188,7 +188,10 @@ def figures(spec: EmergenceSpec, rows: pd.DataFrame) -> list[go.Figure]:
     halves = half_ways(rows)
     halves = halves[(halves.p < 0.05) & np.isfinite(halves["mean"])]
     if len(halves):
-        points = [Dot(r.measure, r.model, r["mean"], r.low, r.high) for _, r in halves.iterrows()]
+        alone = halves.groupby("recipe").model.nunique() == 1
+        names = [r if alone[r] else m for r, m in zip(halves.recipe, halves.model, strict=True)]
+        lines = zip(names, halves.iterrows(), strict=True)
+        points = [Dot(r.measure, name, r["mean"], r.low, r.high) for name, (_, r) in lines]
         title = "Half of the way from the first checkpoint to the last"
         made.append(dots(title, "what changed clearly (p < 0.05, Holm)", [("", points)], "training step", log=True))
     return made

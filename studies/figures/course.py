@@ -50,9 +50,9 @@ def courses(
 
 
 def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """1, 2, 5, 10, ... between two positive numbers, or powers of ten, or every so many of these: at most ``most``."""
+    """Round numbers between two positive ones, the more the closer they lie: at most ``most``."""
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
         ticks = [s * 10.0**e for e in exponents for s in steps if low * 0.999 <= s * 10.0**e <= high * 1.001]
         if len(ticks) <= most:
             return ticks
