@@ -69,7 +69,7 @@ def _paired(rows: pd.DataFrame, measure_: str, x: float, against: float | None =
         keys = ["model", "recipe", "seed", "sample"]
         other = rows[(rows.measure == measure_) & (rows.x == against)]
         own = (own.set_index(keys)["value"] - other.set_index(keys)["value"]).reset_index().assign(measure=measure_)
-    (line,) = [line for _, line in summarize(own.drop(columns="kind", errors="ignore"), [measure_], ()).iterrows()]
+    (line,) = [line for _, line in summarize(own, [measure_], ()).iterrows()]
     values = own.groupby(["seed", "sample"])["value"].mean()
     return line, sign_flip_p(torch.tensor(values.to_numpy()))
 
@@ -82,7 +82,7 @@ def _reading_of(spec: Any, rows: pd.DataFrame, recipe: str) -> str:
     verdict = (
         f"reads worse from position {_before(spec, worse[0])} on"
         if worse
-        else "reads no worse beyond the trained length"
+        else "reads not clearly worse beyond the trained length"
     )
     said = ", ".join(f"{number(*line[ENDS], 3)} at {_before(spec, end)}-{end}" for end, line, _ in found)
     last, n = spec.trained, int(found[0][1].n) if found else 0
@@ -108,11 +108,14 @@ def _falls(
     low = [x for x in sizes if lines_[x]["mean"] < most / 2]
     fall = f"below half of the best at {', '.join(map(str, low))}" if low else "nowhere below half of the best"
     ends = " and ".join(f"{number(*lines_[x][ENDS])} at {x}" for x in (sizes[0], sizes[-1]))
-    words = f"Accuracy of {what} is {ends} {unit}, {fall}"
-    if control:
-        chance = rows[rows.measure == control]["value"].mean()
-        words += f" ({chance:.3f} the first time)"
-    return words + "."
+    words = f"Accuracy of {what} is {ends} {unit}"
+    if control is None:
+        return f"{words}, {fall}."
+    chance = rows[rows.measure == control]["value"].mean()
+    learned = any(lines_[x].low > max(2 * chance, 0.01) for x in sizes)
+    return (
+        f"{words}, {fall if learned else 'nowhere clearly better than the first time'} ({chance:.3f} the first time)."
+    )
 
 
 def _shift(spec: Any, rows: pd.DataFrame) -> str:

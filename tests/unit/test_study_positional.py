@@ -135,7 +135,9 @@ def test_a_planted_difference_is_told_from_none():
     assert "b less a" in text and "loss by position at 64 (+0.5" in text and "(1 of 2)" in text
 
 
-@pytest.mark.parametrize("beyond, said", [(2.6, "reads worse from position 32 on"), (2.0, "reads no worse beyond")])
+@pytest.mark.parametrize(
+    "beyond, said", [(2.6, "reads worse from position 32 on"), (2.0, "reads not clearly worse beyond")]
+)
 def test_the_reading_says_whether_it_reads_worse(beyond, said):
     values = {(positional.LOSS, 32): 2.0, (positional.LOSS, 64): beyond}
     values |= {(m, x): 0.5 for m in (positional.REPEATED, positional.FIRST_TIME) for x in (4, 8)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,13 @@ def test_what_cannot_be_asked_is_refused_before_the_work(model_of_kind, tmp_path
     with pytest.raises(error, match=f"router_load of .*: {message}"):
         running.run("router_load", spec, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_language_needs_text(model_of_kind, tmp_path, monkeypatch):
+    model_of_kind("hybrid").float().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(corpus.checkpoint, "load_tokenizer", lambda directory: SimpleNamespace(get_vocab=dict))
+    with pytest.raises(ConfigError, match="reads another language than the packaged models; give --set text=FILE"):
+        running.run("router_load", spec_of(models=str(tmp_path / "model"), devices="2"), tmp_path / "runs")
 
 
 def test_a_text_that_is_no_file_is_refused(tmp_path):
