@@ -50,6 +50,11 @@ class ProbeScores:
     """Share of the commonest class; 0 for values (their mean)."""
     samples: int
     groups: int
+    lost: Float[torch.Tensor, "samples units"]
+    """Of every sample, predicted by the probe that was not fitted on it: 1 where its class was told wrong, or the
+    squared error of its value."""
+    control_lost: Float[torch.Tensor, "samples units"]
+    """The same on the control task, mean over its repetitions."""
 
 
 @torch.no_grad()
@@ -160,10 +165,10 @@ def probe(
     resampled = None
     if bootstrap:
         resampled = _score(resampled_means(per_group, seed, bootstrap).movedim(1, 0))  # [bootstrap tasks U]
-    return _summary(scores, resampled, classes, labels, n_classes, n_groups)
+    return _summary(scores, resampled, losses[0], classes, labels, n_groups)
 
 
-def _summary(scores, resampled, classes, labels, n_classes, n_groups) -> ProbeScores:
+def _summary(scores, resampled, lost, classes, labels, n_groups) -> ProbeScores:
     control = scores[1:].mean(0)
     low = high = selectivity_low = selectivity_high = torch.full_like(control, torch.nan)
     if resampled is not None:
@@ -181,6 +186,8 @@ def _summary(scores, resampled, classes, labels, n_classes, n_groups) -> ProbeSc
         chance=float(torch.bincount(labels).max() / len(labels)) if classes else 0.0,
         samples=len(labels),
         groups=n_groups,
+        lost=lost[0].T,
+        control_lost=lost[1:].mean(0).T,
     )
 
 

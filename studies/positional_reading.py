@@ -82,7 +82,7 @@ def _reading_of(spec: Any, rows: pd.DataFrame, recipe: str) -> str:
     verdict = (
         f"reads worse from position {_before(spec, worse[0])} on"
         if worse
-        else "reads not clearly worse beyond the trained length"
+        else "does not read clearly worse beyond the trained length"
     )
     said = ", ".join(f"{number(*line[ENDS], 3)} at {_before(spec, end)}-{end}" for end, line, _ in found)
     last, n = spec.trained, int(found[0][1].n) if found else 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jambascope.errors import InputError
+from jambascope.errors import ConfigError, InputError
 from jambascope.hooks.labels import FewShotPrompt, review_prompts
 from jambascope.zoo.reviews import review
 from jambascope.zoo.words import VOCABULARY
@@ -39,6 +39,18 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise InputError("its tokenizer does not say where tokens come from; give a checkpoint with tokenizer.json")
 
 
+def check_language(tokenizer: Any) -> None:
+    """
+    Raises:
+        ConfigError: a model of other words than the packaged ones.
+    """
+    if tokenizer is None or tokenizer.get_vocab() != VOCABULARY:
+        raise ConfigError(
+            "its documents are in the language of the packaged models, and this checkpoint's tokenizer has other "
+            "words; give a packaged model, or one that `jambascope zoo train` made"
+        )
+
+
 def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -> list[FewShotPrompt]:
     """The reviews of natural labels such as Positive and Negative as text, a line for each review,
     through the model's tokenizer. A label stands for its first token; the last one is left to be predicted.
@@ -51,7 +63,7 @@ def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -
     for _ in range(20 * prompts):
         episode = review(rng, "train", shots + 1, 2, "natural", filler=0)
         *examples, wanted = episode.classes
-        if len(set(examples)) == 2 and (prompt := _tokenized(model, episode.words, episode.label_positions)):
+        if len(set(examples)) == 2 and (prompt := tokenized(model, episode.words, episode.label_positions)):
             answer = prompt.tokens[prompt.query_position + 1]
             shown = dict(zip(examples, (prompt.tokens[p] for p in prompt.label_positions), strict=True))
             labels = (shown[0], shown[1])
@@ -63,7 +75,7 @@ def tokenized_reviews(model: HookedJamba, prompts: int, shots: int, seed: int) -
     raise InputError("its tokenizer gives both labels of a review the same first token; they cannot be told apart")
 
 
-def _tokenized(model: HookedJamba, words: tuple[str, ...], label_positions: tuple[int, ...]) -> FewShotPrompt:
+def tokenized(model: HookedJamba, words: tuple[str, ...], label_positions: tuple[int, ...]) -> FewShotPrompt:
     """All of an episode; the query is the token before the last label's first."""
     text, starts = "", {}
     for i, word in enumerate(words):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jambascope.errors import InputError
 from jambascope.model import HookedJamba
@@ -85,23 +85,44 @@ def label_scores(model: HookedJamba, episodes: Sequence[Episode]) -> LabelScores
     shots = {len(episode.label_positions) for episode in _some(episodes)}
     if len(shots) > 1:
         raise InputError(f"episodes have {sorted(shots)} reviews; give episodes of one length")
-    names = ("mass", "valid", "acc_free", "acc_restricted", "confidence")
-    found = {name: torch.full((len(episodes), *shots), torch.nan) for name in names}
-    unknown = torch.tensor(torch.nan)
+    rows: list[dict[str, torch.Tensor]] = [{}] * len(episodes)
     for index, logits in _logits(model, episodes):
         episode = episodes[index]
-        probability = logits[list(episode.label_positions)].double().softmax(-1)
         labels = torch.tensor([VOCABULARY[word] for word in episode.labels])
-        among = probability[:, labels]
         right = torch.tensor([VOCABULARY[episode.words[i]] for i in episode.label_positions])
-        free, best = probability.argmax(-1), among.argmax(-1)
         known = torch.tensor([i in episode.answers for i in episode.label_positions])
-        found["mass"][index] = among.sum(-1)
-        found["valid"][index] = torch.isin(free, labels).float()
-        found["acc_free"][index] = torch.where(known, (free == right).float(), unknown)
-        found["acc_restricted"][index] = torch.where(known, (labels[best] == right).float(), unknown)
-        found["confidence"][index] = torch.where(known, (among.amax(-1) / among.sum(-1)).float(), unknown)
-    return LabelScores(**found)
+        rows[index] = scored_labels(logits[list(episode.label_positions)], labels, right, known)
+    return stacked_labels(rows)
+
+
+def scored_labels(
+    logits: Float[torch.Tensor, "shot vocab"],
+    labels: Int[torch.Tensor, " labels"],
+    right: Int[torch.Tensor, " shot"],
+    known: Bool[torch.Tensor, " shot"],
+) -> dict[str, Float[torch.Tensor, " shot"]]:
+    """The scores of one episode, by the fields of :class:`LabelScores`.
+
+    Args:
+        labels: ids of the label set.
+        right: the label of each review.
+        known: whether an earlier review showed it.
+    """
+    probability = logits.double().softmax(-1)
+    among, unknown = probability[:, labels], torch.tensor(torch.nan)
+    free, best = probability.argmax(-1), among.argmax(-1)
+    return {
+        "mass": among.sum(-1).float(),
+        "valid": torch.isin(free, labels).float(),
+        "acc_free": torch.where(known, (free == right).float(), unknown),
+        "acc_restricted": torch.where(known, (labels[best] == right).float(), unknown),
+        "confidence": torch.where(known, (among.amax(-1) / among.sum(-1)).float(), unknown),
+    }
+
+
+def stacked_labels(rows: Sequence[dict[str, Float[torch.Tensor, " shot"]]]) -> LabelScores:
+    """Those of several episodes."""
+    return LabelScores(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 @torch.no_grad()

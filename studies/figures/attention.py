@@ -12,6 +12,7 @@ from jambascope.studies.figures.theme import (
     AMOUNT,
     FIRST,
     GUIDE,
+    KIND_NAMES,
     SELECTED,
     click_targets,
     color_bar,
@@ -228,4 +229,32 @@ def attended_keys(row: Float[np.ndarray, " T"], tokens: Sequence[str], query: in
     fig.update_xaxes(title="attention weight (share of 1)", range=[0, limit], zeroline=False)
     ticks = {"tickmode": "array", "tickvals": list(range(len(order))), "ticktext": names}
     fig.update_yaxes(title="key token (position)", range=[max(len(order), 8) - 0.5, -0.5], showgrid=False, **ticks)
+    return fig
+
+
+def looks_by_layer(
+    rows: dict[int, Float[np.ndarray, " T"]], kinds: dict[int, str], tokens: Sequence[str], query: int
+) -> go.Figure:
+    """Where one query looks in every layer: rows of attention patterns and of hidden attention, each summing to 1.
+
+    Args:
+        rows: layer -> weights on the keys 0..query.
+        kinds: layer -> the mixer, as ``KIND_NAMES`` knows it.
+    """
+    layers = list(rows)
+    shown = tokens[: query + 1]
+    text = [[f"layer {i}, {KIND_NAMES[kinds[i]]}<br>key {k} {label(t)}" for k, t in enumerate(shown)] for i in layers]
+    fig = go.Figure(
+        go.Heatmap(
+            z=np.stack([rows[i][: query + 1] for i in layers]), text=text, colorscale=AMOUNT, zmin=0, zmax=1,
+            xgap=1 if len(shown) <= 100 else 0, ygap=1, hovertemplate="%{text}<br>weight %{z:.4f}<extra></extra>",
+            colorbar=color_bar("weight (share of 1)"),
+        )
+    )  # fmt: skip
+    subtitle = f"each row sums to 1; even would be {1 / (query + 1):.3f}"
+    height = 210 + max(90, min(28, 600 // len(layers)) * len(layers))
+    frame(fig, f"Where {named(tokens[query], query)} looks, layer by layer", subtitle, height=height)
+    fig.update_xaxes(token_axis(shown, title="key token (position)"))
+    axis = integer_axis([f"{KIND_NAMES[kinds[i]]} {i}" for i in layers], "layer")
+    fig.update_yaxes(axis)
     return fig

@@ -22,6 +22,7 @@ from jambascope.studies.figures.theme import (
     integer_axis,
     label,
     named,
+    ordered_colors,
     token_axis,
 )
 
@@ -166,6 +167,63 @@ def certainty(
     fig.update_xaxes(token_axis(tokens))
     fig.update_yaxes(title="probability (share of 1)", range=[0, 1.02])
     return fig
+
+
+def specialization(
+    shares: Float[np.ndarray, "labels X"], names: Sequence[str], chance: float, layer: int, kind: str = "domain"
+) -> go.Figure:
+    """Which share of each domain's tokens chose each expert of one layer; what chance gives is white.
+
+    Args:
+        shares: rows sum to k.
+        chance: k / X.
+        kind: what ``names`` are names of.
+    """
+    experts = shares.shape[1]
+    text = [[f"{label(name)}, expert {e}" for e in range(experts)] for name in names]
+    ticks = {"tickvals": [0, chance / 2, chance, (1 + chance) / 2, 1]}
+    middle = [[0, "rgb(178,24,43)"], [chance, "rgb(247,247,247)"], [1, "rgb(33,102,172)"]]
+    fig = go.Figure(
+        go.Heatmap(
+            z=shares, text=text, colorscale=middle, zmin=0, zmax=1, xgap=1, ygap=1, texttemplate="%{z:.2f}",
+            hovertemplate="%{text}<br>%{z:.3f} of its tokens<extra></extra>",
+            colorbar=color_bar("share of tokens", tickformat=".2f", **ticks),
+        )
+    )  # fmt: skip
+    subtitle = f"share of each {kind}'s tokens that use an expert; white: {chance:.3g}, what an even choice gives"
+    frame(fig, f"Who uses which expert, layer {layer}", subtitle, height=180 + max(110, 30 * len(names)))
+    fig.update_xaxes(integer_axis(range(experts), "expert (index)"))
+    fig.update_yaxes(integer_axis([label(name) for name in names], kind))
+    return fig
+
+
+def use_and_need(
+    use: dict[int, Float[np.ndarray, "labels X"]], need: dict[int, Float[np.ndarray, "labels X"]], names: Sequence[str]
+) -> go.Figure:
+    """How much each domain uses an expert against what it loses without it: a point for each domain and expert.
+
+    Args:
+        use: MoE layer -> share of the domain's tokens that chose the expert.
+        need: MoE layer -> change of the domain's loss (nats) when the expert is taken away.
+    """
+    fig = go.Figure()
+    for color, symbol, layer in zip(ordered_colors(len(use)), _marks(len(use)), use, strict=True):
+        labels, experts = use[layer].shape
+        text = [f"layer {layer}, expert {e}<br>{label(names[d])}" for d in range(labels) for e in range(experts)]
+        fig.add_scatter(
+            x=use[layer].flatten(), y=need[layer].flatten(), mode="markers", name=f"layer {layer}", text=text,
+            marker={"color": color, "symbol": symbol, "size": 8, "opacity": 0.85},
+            hovertemplate="%{text}<br>used by %{x:.2f} of tokens, %{y:+.3f} nats without it<extra></extra>",
+        )  # fmt: skip
+    subtitle = "a point for each domain and expert; on the line nothing is lost"
+    frame(fig, "Use of an expert, and need of it", subtitle, height=430)
+    fig.update_xaxes(title="share of the domain's tokens that use the expert", range=[-0.03, 1.03], zeroline=False)
+    fig.update_yaxes(title="change of loss without it (nats)", zeroline=True, zerolinecolor=GUIDE)
+    return fig.update_xaxes(gridcolor="rgba(128,128,128,0.25)").update_yaxes(gridcolor="rgba(128,128,128,0.25)")
+
+
+def _marks(count: int) -> list[str]:
+    return [("circle", "diamond", "square", "triangle-up")[i % 4] for i in range(count)]
 
 
 def _rows(layers: int) -> int:

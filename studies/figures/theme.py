@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io
 from jaxtyping import Float
 
 AMOUNT = "Viridis"
@@ -31,6 +32,9 @@ SELECTED = "#D55E00"
 """Marks of what is selected: visible on white and on black."""
 BLANK = "rgba(128,128,128,0.10)"
 """Behind heatmaps with empty cells, so that small values differ from none on any page."""
+
+READABLE = "#757575"
+"""Text with a contrast of 4.6 to 1 on white and on black alike."""
 
 MAX_NAMED_TOKENS = 80
 """Up to so many positions an axis names every token; beyond, it counts positions and tokens are in the hover text."""
@@ -158,3 +162,15 @@ def click_targets(
         showlegend=False,
         name="click targets",
     )
+
+
+def in_notebook() -> None:
+    """From now on figures show in any notebook, with text that can be read on a light and on a dark page.
+
+    A notebook, unlike the dashboard and the reports, does not tell Plotly whether it is light or dark; and where the
+    server lacks Plotly's extension (it may run in another environment than the kernel), only HTML is shown.
+    """
+    plotly.io.templates["notebook"] = go.layout.Template(layout={"font": {"color": READABLE}})
+    plotly.io.templates.default = "plotly+notebook"
+    if plotly.io.renderers.default == "plotly_mimetype":
+        plotly.io.renderers.default = "plotly_mimetype+notebook"

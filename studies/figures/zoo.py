@@ -26,6 +26,11 @@ LOOKS = {
     "mamba-micro-state-4": ("#0072B2", "dot"),
     "mamba-micro-state-64": ("#56B4E9", "dot"),
     "mamba-micro-mimetic": ("#CC79A7", "dot"),
+    # One model with parts of it taken away.
+    "nothing taken away": ("#009E73", "solid"),
+    "without attention": ("#E69F00", "solid"),
+    "without random Mamba layers": ("#0072B2", "dash"),
+    "without random Mamba channels": ("#56B4E9", "dot"),
 }
 OTHERS = ("#8A8F98", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
 """Of models that are not named above, in turn, with long dashes."""

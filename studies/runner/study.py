@@ -43,12 +43,15 @@ if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
 NAMES = (
-    "emergence",
     "induction_heads",
     "label_heads",
-    "positional",
+    "icl_format",
+    "functional_segregation",
+    "state_memory",
     "router_load",
     "stability",
+    "positional",
+    "emergence",
 )
 """The studies that ship, modules of ``jambascope.studies``."""
 

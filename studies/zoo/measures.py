@@ -8,7 +8,7 @@ A value that a document lacks is NaN.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,16 +75,26 @@ Found = dict[tuple[str, float | None], torch.Tensor | np.ndarray]
 
 def _labels(model: HookedJamba, task: Task, episodes: Sequence[Episode]) -> Found:
     scores = scoring.label_scores(model, episodes)
-    chance = np.where(scores.acc_free.isnan(), np.nan, 1 / len(episodes[0].labels))
+    commonest = np.array([_commonest(episode) for episode in episodes])
+    return label_values(scores, len(episodes[0].labels), {"accuracy of the commonest label": commonest})
+
+
+def label_values(
+    scores: scoring.LabelScores, classes: int, more: Mapping[str, Float[np.ndarray, "document shot"]] = {}
+) -> Found:
+    """What is told of labels, at the numbers of shots of ``SHOTS``; and their calibration error, over all of them.
+
+    Args:
+        more: further numbers by shots.
+    """
     plain = {
         "label mass": scores.mass,
         "valid rate": scores.valid,
         "accuracy free": scores.acc_free,
         "accuracy restricted": scores.acc_restricted,
         "format gap": scores.format_gap,
-        "chance": chance,
-        "accuracy of the commonest label": np.array([_commonest(episode) for episode in episodes]),
-    }
+        "chance": np.where(scores.acc_free.isnan(), np.nan, 1 / classes),
+    } | dict(more)
     found = {(name, s): values[:, s] for name, values in plain.items() for s in SHOTS if s < values.shape[1]}
     # Before the first shot of a class nothing says its label: only mass and validity are defined there.
     found = {key: values for key, values in found.items() if not np.isnan(values).all()}

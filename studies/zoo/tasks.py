@@ -71,16 +71,16 @@ class Task:
         """Documents to draw when the whole is sized by ``episodes``."""
         return max(2, round(self.share * episodes))
 
-    def rng(self) -> np.random.Generator:
-        """Seeded by what the documents are, so that a task added or dropped changes no other; by three numbers, since
-        training batches are seeded by two (seed and step)."""
+    def rng(self, seed: int = SEED) -> np.random.Generator:
+        """Seeded by ``seed`` and what the documents are, so that a task added or dropped changes no other; by three
+        numbers, since training batches are seeded by two (seed and step)."""
         key = repr((self.domain, self.options, self.length if self.measured in ("rows", "positions") else None))
-        return np.random.default_rng([SEED, crc32(key.encode()), 1])
+        return np.random.default_rng([seed, crc32(key.encode()), 1])
 
 
-def draw(task: Task, episodes: int) -> list[Document] | list[Row]:
+def draw(task: Task, episodes: int, seed: int = SEED) -> list[Document] | list[Row]:
     """The documents of a task, or packed rows for ``rows`` and ``positions``."""
-    rng, count, options = task.rng(), task.count(episodes), dict(task.options)
+    rng, count, options = task.rng(seed), task.count(episodes), dict(task.options)
     if task.measured in ("rows", "positions"):
         shares = {} if task.domain is None else {"shares": {task.domain: 1.0}}
         return list(islice(mixture(rng, task.length, "held_out", **shares), count))

@@ -22,7 +22,9 @@ def test_a_wheel_in_an_empty_environment_imports_every_subpackage(tmp_path):
     subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     models = [path for path in (ROOT / "jambascope" / "zoo").glob("*/*") if path.parent.name != "__pycache__"]
-    assert {str(path.relative_to(ROOT)) for path in models} <= set(zipfile.ZipFile(wheel).namelist())
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {str(path.relative_to(ROOT)) for path in models} <= packed
+    assert not [name for name in packed if "notebooks" in name]  # scripts of a clone: no module may run one
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))

@@ -136,7 +136,7 @@ def test_a_planted_difference_is_told_from_none():
 
 
 @pytest.mark.parametrize(
-    "beyond, said", [(2.6, "reads worse from position 32 on"), (2.0, "reads not clearly worse beyond")]
+    "beyond, said", [(2.6, "reads worse from position 32 on"), (2.0, "does not read clearly worse beyond")]
 )
 def test_the_reading_says_whether_it_reads_worse(beyond, said):
     values = {(positional.LOSS, 32): 2.0, (positional.LOSS, 64): beyond}

@@ -1,0 +1,350 @@
+"""Which function lives in attention and which in Mamba: what is lost without either, and how few heads are enough?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from pydantic import Field
+
+from jambascope import checkpoint
+from jambascope.config import JambaConfig
+from jambascope.errors import ConfigError
+from jambascope.hooks.intervals import percentiles, resampled_means
+from jambascope.hooks.interventions import hooks
+from jambascope.model import HookedJamba
+from jambascope.studies import ablations
+from jambascope.studies.ablations import Means, Part
+from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
+from jambascope.studies.episodes import batches
+from jambascope.studies.figures.parts import Bar, grouped, layer_map
+from jambascope.studies.prompts import check_language
+from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.study import Cell, Found, Study, grid
+from jambascope.studies.runner.summary import number, one, summarize
+from jambascope.studies.zoo.measures import measure as measure_task
+from jambascope.studies.zoo.tasks import Task, draw
+from jambascope.zoo.documents import Document
+
+TaskName = Literal["recall", "phones", "repeat", "copy", "text"]
+DOMAINS = {
+    "recall": ("recall", {"entries": 12}),
+    "phones": ("phones", {"entries": 8}),
+    "repeat": ("repeat", {"length": 32, "times": 2}),
+    "copy": ("copy", {"count": 6, "noise": 24}),
+    "text": ("story", {}),
+}
+"""Documents of each task, of sizes in training."""
+LOSS, HITS = "loss", "accuracy"
+KINDS = {LOSS: None, HITS: "change of hits"}
+WHOLE, ATTENTION, MAMBA, TOP = "nothing", "all attention layers", "all Mamba layers", "all heads but the top"
+CONTROLS = {
+    ATTENTION: "as many random layers as attention",
+    MAMBA: "as many random layers as Mamba",
+    TOP: "all heads but random ones",
+}
+CHANGE, LESS, LAYER, SET = "change of ", "less the control: change of ", "layer: change of ", "random set: change of "
+BY = ("task", "without", "k")
+ENDS = ["mean", "low", "high"]
+LEAST = 0.05
+"""Nats that the attention layers must be worth for a share of it to mean something."""
+
+NOTHING = 0.1
+"""Share of the accuracy below which a model is called broken, whichever layers are gone."""
+
+
+class SegregationSpec(Spec):
+    """Settings of the study."""
+
+    documents: int = Field(64, ge=4, description="Of a task and seed; means and heads are found on one half.")
+    tasks: tuple[TaskName, ...] = Field(
+        ("recall", "phones", "repeat", "copy", "text"),
+        description="Recall of pairs, of phone numbers, repeated random words (induction), selective copying, and the "
+        "words of stories that no earlier word determines.",
+    )
+    k: tuple[int, ...] = Field((1, 2), description="Numbers of attention heads that are kept.")
+    draws: int = Field(5, ge=1, description="Random sets of layers or heads for comparison; fewer where fewer exist.")
+
+
+def check(spec: SegregationSpec, config: JambaConfig, directory: Path) -> None:
+    check_language(checkpoint.load_tokenizer(directory))
+    total = len(config.attention_layers) * config.n_heads
+    for k in spec.k if total else ():
+        if not 1 <= k < total:
+            raise ConfigError(f"k={k} must lie in 1..{total - 1}: it has {total} heads, and some must be taken away")
+    if not spec.tasks or len(set(spec.tasks)) < len(spec.tasks):
+        raise ConfigError(f"tasks={spec.tasks}: give at least one, each once")
+
+
+def cells(spec: SegregationSpec) -> list[Cell]:
+    return grid(spec, task=spec.tasks)
+
+
+def documents_of(name: str, count: int, seed: int) -> tuple[Task, list[Document]]:
+    """Held-out documents of a task. Of text the words count that nothing before them determines."""
+    domain, options = DOMAINS[name]
+    task = Task(
+        task=name, condition=name, measured="answers", domain=domain, options=tuple(options.items()), x_name=None
+    )
+    drawn = draw(task, count, seed)
+    if name == "text":
+        drawn = [
+            dataclasses.replace(doc, answers=tuple(i for i in range(len(doc.words)) if i not in doc.answers))
+            for doc in drawn
+        ]
+    return task, drawn
+
+
+def measure(spec: SegregationSpec, cell: Cell, model: HookedJamba) -> Found:
+    task, drawn = documents_of(cell["task"], spec.documents, cell["seed"])
+    half = len(drawn) // 2
+    means = ablations.mean_outputs(model, batches(drawn[:half]))
+
+    def measured(documents: Sequence[Document], parts: Sequence[Part]) -> Values:
+        return _measured(model, task, documents, means, parts)
+
+    whole = measured(drawn[half:], ())
+    rows = [row for name in KINDS for row in _rows(name, whole[name], "hit" if name == HITS else None, WHOLE, 0, half)]
+    for layer in range(model.config.n_layers):
+        changes = _changes(measured(drawn[half:], ((layer, None),)), whole)
+        where = {"layer": layer, "mixer": model.config.mixers[layer]}
+        rows += [row | where for row in _change_rows(LAYER, changes, "one layer", 1, half)]
+    for (name, k), (parts, others) in _sets(spec, cell["seed"], model, drawn[:half], measured).items():
+        found = _changes(measured(drawn[half:], parts), whole)
+        random = [_changes(measured(drawn[half:], own), whole) for own in others]
+        rows += _compared_rows(name, k, found, random, half)
+    return Found(rows)
+
+
+Values = dict[str, Float[np.ndarray, " documents"]]
+
+
+def _measured(
+    model: HookedJamba, task: Task, documents: Sequence[Document], means: Means, parts: Sequence[Part]
+) -> Values:
+    with model.hooks(hooks(model, ablations.without(model, means, parts))):
+        found = measure_task(model, task, documents)
+    return {name: array[:, 0] for name in KINDS for cell, array in found.items() if cell.measure == name}
+
+
+def _changes(values: Values, whole: Values) -> Values:
+    return {name: values[name] - whole[name] for name in KINDS}
+
+
+def _sets(spec: SegregationSpec, seed: int, model: HookedJamba, finding: Sequence[Document], measured) -> dict:
+    """What is taken away, and the random sets it is compared to: all attention, all Mamba, all heads but some."""
+    config, sets = model.config, {}
+    for name, layers in ((ATTENTION, config.attention_layers), (MAMBA, config.ssm_layers)):
+        if 0 < len(layers) < config.n_layers:
+            others = ablations.random_layers(config, layers, spec.draws, seed)
+            sets[name, len(layers)] = ablations.layers_as_parts(layers), others
+    if not config.attention_layers:
+        return sets
+    everyone = [(layer, head) for layer in config.attention_layers for head in range(config.n_heads)]
+
+    def keeping(heads: Sequence[tuple[int, int]]) -> tuple[Part, ...]:
+        return ablations.heads_as_parts([head for head in everyone if head not in heads])
+
+    alone = [measured(finding, keeping([head]))[LOSS].mean() for head in everyone]
+    ranked = [everyone[i] for i in np.argsort(alone, kind="stable")]
+    for k in spec.k:
+        others = ablations.random_heads(config, k, spec.draws, seed, ranked[:k])
+        sets[TOP, k] = keeping(ranked[:k]), tuple(keeping(own) for own in others)
+    return sets
+
+
+def _compared_rows(name: str, k: int, found: Values, random: Sequence[Values], first: int) -> list[dict]:
+    """Changes by a set and by random ones (averaged), how far they are apart, and each random set's mean."""
+    averaged = {m: sum(own[m] for own in random) / len(random) for m in KINDS}
+    apart = {m: found[m] - averaged[m] for m in KINDS}
+    rows = _change_rows(CHANGE, found, name, k, first) + _change_rows(CHANGE, averaged, CONTROLS[name], k, first)
+    rows += _change_rows(LESS, apart, name, k, first)
+    for i, own in enumerate(random):
+        means = {m: np.array([np.nanmean(own[m])]) for m in KINDS}
+        rows += [row | {"draw": i, "kind": None} for row in _change_rows(SET, means, CONTROLS[name], k, 0)]
+    return rows
+
+
+def _change_rows(prefix: str, values: Values, taken: str, k: int, first: int) -> list[dict]:
+    return [row for name, kind in KINDS.items() for row in _rows(prefix + name, values[name], kind, taken, k, first)]
+
+
+def _rows(name: str, values: np.ndarray, kind: str | None, taken: str, k: int, first: int) -> list[dict]:
+    same = {"measure": name, "without": taken, "k": k, "kind": kind}
+    return [{**same, "sample": first + i, "value": round(float(v), 12)} for i, v in enumerate(values) if v == v]
+
+
+# -- the report ----------------------------------------------------------------------------------------------
+
+
+def figures(spec: SegregationSpec, rows: pd.DataFrame) -> list[go.Figure]:
+    """Of every recipe: parts against random ones, and layer by layer."""
+    found = []
+    for recipe, own in rows.groupby("recipe", sort=False):
+        if (own.measure == CHANGE + HITS).any():
+            found.append(_parts_figure(spec, own, recipe))
+        found.append(_map(spec, own, recipe))
+    return found
+
+
+def _parts_figure(spec: SegregationSpec, rows: pd.DataFrame, recipe: str) -> go.Figure:
+    summary = summarize(rows, [CHANGE + HITS], BY)
+    bars = []
+    for name, control in CONTROLS.items():
+        for k in sorted(summary[summary["without"] == name].k.unique()) if name == TOP else (None,):
+            panel = f"{name} {int(k)}" if k is not None else name
+            for which, said in ((name, "these"), (control, "random ones, as many")):
+                own = summary[(summary["without"] == which) & ((summary.k == k) | (k is None))]
+                bars += [Bar(panel, r.task, said, r["mean"], r.low, r.high) for _, r in own.iterrows()]
+    subtitle = (
+        f"taken away: layers or heads set to their means; {int(summary.n.max())} documents a task, 95 % intervals"
+    )
+    return grouped(f"{recipe} without parts", subtitle, bars, "change of accuracy")
+
+
+def _map(spec: SegregationSpec, rows: pd.DataFrame, recipe: str) -> go.Figure:
+    own = rows[rows.measure == LAYER + HITS].astype({"layer": int})
+    summary = summarize(own, [LAYER + HITS], ("task", "layer"))
+    tasks = [task for task in spec.tasks if task in set(summary.task)]
+    grid_ = summary.pivot(index="layer", columns="task", values="mean")[tasks]
+    texts = summary.assign(
+        text=[
+            f"layer {r.layer}, {r.task}: {number(r['mean'], r.low, r.high)}, n = {r.n}" for _, r in summary.iterrows()
+        ]
+    )
+    hover = texts.pivot(index="layer", columns="task", values="text")[tasks]
+    title = f"{recipe}: one layer set to its mean"
+    mixers = own.drop_duplicates("layer").sort_values("layer").mixer
+    return layer_map(
+        title, "change of accuracy; blue is better", list(mixers), tasks, grid_.to_numpy(float), hover.to_numpy(),
+        "change of accuracy",
+    )  # fmt: skip
+
+
+def reading(spec: SegregationSpec, rows: pd.DataFrame) -> str:
+    """What each part is needed for, of every recipe, also when nothing can be told."""
+    return "\n\n".join(_reading_of(spec, rows[rows.recipe == recipe], recipe) for recipe in rows.recipe.unique())
+
+
+def _reading_of(spec: SegregationSpec, rows: pd.DataFrame, recipe: str) -> str:
+    whole = summarize(rows, [HITS, LOSS], BY)
+    can = ", ".join(f"{task} {number(*one(whole, measure=HITS, task=task)[ENDS])}" for task in spec.tasks)
+    words = [f"{recipe} with all its parts is right in: {can} (n = {int(whole.n.max())} documents each)."]
+    tested = rows[rows.measure == LESS + LOSS]
+    if not len(tested):
+        return (
+            words[0] + " It has no attention layers beside Mamba layers, so nothing can be told apart. " + _layers(rows)
+        )
+    parts = list(tested.groupby(["task", "without", "k"], sort=False))
+    p_values = holm([sign_flip_p(torch.tensor(by_sample(own).to_numpy())) for _, own in parts])
+    p_of = {key: p for (key, _), p in zip(parts, p_values, strict=True)}
+    summary = summarize(rows, [CHANGE + LOSS, CHANGE + HITS, LESS + LOSS], BY)
+    for name in (ATTENTION, MAMBA):
+        if (summary["without"] == name).any():
+            words.append(_of_part(spec, pd.concat([whole, summary]), p_of, name))
+    words += [_of_heads(spec, rows, summary, p_of, k) for k in spec.k if (summary["without"] == TOP).any()]
+    return "\n\n".join([*words, _layers(rows)])
+
+
+def _of_part(spec: SegregationSpec, summary: pd.DataFrame, p_of: dict, name: str) -> str:
+    """What a kind of layer is needed for, beyond as many random layers."""
+    told, sorted_ = [], {"more": [], "less": [], "no other": [], "nothing left": []}
+    for task in spec.tasks:
+        found, control, less = (
+            one(summary, task=task, without=which, measure=measure)
+            for which, measure in ((name, CHANGE + LOSS), (CONTROLS[name], CHANGE + LOSS), (name, LESS + LOSS))
+        )
+        hits, others = (one(summary, task=task, without=w, measure=CHANGE + HITS) for w in (name, CONTROLS[name]))
+        p = p_of[task, name, found.k]
+        before = one(summary, task=task, without=WHOLE, measure=HITS)["mean"]
+        left = before + max(hits["mean"], others["mean"])
+        verdict = "no other" if p >= 0.05 else "more" if less["mean"] > 0 else "less"
+        sorted_["nothing left" if left < NOTHING * before else verdict].append(task)
+        told.append(
+            f"{task}: loss {number(*found[ENDS])} nats, accuracy {number(*hits[ENDS])}; random layers "
+            f"{number(*control[ENDS])} and {number(*others[ENDS])}; p = {p:.2g}"
+        )
+    verdict = [
+        f"needed {how} than as many random layers for {', '.join(tasks)}"
+        for how, tasks in (("more", sorted_["more"]), ("less", sorted_["less"]))
+        if tasks
+    ]
+    if sorted_["no other"]:
+        verdict.append(f"not told from as many random layers for {', '.join(sorted_['no other'])}")
+    if sorted_["nothing left"]:
+        verdict.append(
+            f"of {', '.join(sorted_['nothing left'])} too little is left either way to tell (accuracy below "
+            f"{NOTHING:.0%} of the whole model's)"
+        )
+    return f"Without {name}, as changes (p of loss, after Holm): {'. '.join(told)}. In sum: {'; '.join(verdict)}."
+
+
+def _of_heads(spec: SegregationSpec, rows: pd.DataFrame, summary: pd.DataFrame, p_of: dict, k: int) -> str:
+    """What is kept with the top k heads alone, found on the other half."""
+    told = []
+    for task in spec.tasks:
+        found, control = (
+            one(summary, task=task, without=which, measure=CHANGE + LOSS, k=k) for which in (TOP, CONTROLS[TOP])
+        )
+        p = p_of[task, TOP, k]
+        clear = f"p = {p:.2g}" if p < 0.05 else f"not told apart, p = {p:.2g}"
+        told.append(
+            f"{task} {number(*found[ENDS])} nats{_share(rows, task, k)}, with random ones {number(*control[ENDS])} "
+            f"({clear})"
+        )
+    heads = "the top head" if k == 1 else f"the top {k} heads"
+    return f"With {heads} of the finding half and no other, loss changes by: {'; '.join(told)}."
+
+
+def _share(rows: pd.DataFrame, task: str, k: int) -> str:
+    """Of what all attention layers are worth, how much these heads keep."""
+    own = rows[(rows.measure == CHANGE + LOSS) & (rows.task == task)]
+    every, kept = by_sample(own[own["without"] == ATTENTION]), by_sample(own[(own["without"] == TOP) & (own.k == k)])
+    if not len(every) or every.mean() < LEAST:
+        return ""
+    both = torch.tensor(pd.concat([kept, every], axis=1).to_numpy())
+    drawn = resampled_means(both)
+    low, high = percentiles(1 - drawn[:, 0] / drawn[:, 1].clamp_min(LEAST))
+    share = 1 - float(both[:, 0].mean() / both[:, 1].mean())
+    return f", which keeps {number(share, float(low), float(high))} of what attention is worth"
+
+
+def _layers(rows: pd.DataFrame) -> str:
+    """The one layer that each task misses most."""
+    own = rows[rows.measure == LAYER + HITS].astype({"layer": int})
+    summary = summarize(own, [LAYER + HITS], ("task", "layer", "mixer"))
+    worst = summary.loc[summary.groupby("task", sort=False)["mean"].idxmin()]
+    told = [f"{r.task} layer {r.layer} ({r.mixer}, {number(r['mean'], r.low, r.high)})" for _, r in worst.iterrows()]
+    return f"Accuracy falls most without one layer, chosen and measured on the same documents: {'; '.join(told)}."
+
+
+study = Study(
+    name="functional_segregation",
+    version=1,
+    spec=SegregationSpec,
+    question=__doc__,
+    method="Held-out documents of five tasks in the packaged models' language. Recall asks for the values of keys in a "
+    "table, phones for whole numbers of a phone book, repeat for the words of a random sequence said before "
+    "(induction), copy for words among noise (a control that Mamba solves alone). Text is stories, of which only the "
+    "words count that no earlier word determines.\n\n"
+    "Taken away is a mixer: what its output projection reads is set, at every position, to its mean over the finding "
+    "half of the documents. All numbers are of the other half. Heads are ranked, for each task by itself, by the loss "
+    "when all others of the model are taken away; then all heads but the top k are.",
+    controls="As many random layers: others where there are enough, else any other set. As many random heads kept. "
+    "Differences to them in loss are tested by flipping signs over documents, corrected by Holm over all tasks and "
+    "parts. Copy and text: what is about looking things up should change nothing there.",
+    measure=measure,
+    headline=(HITS, LOSS, CHANGE + HITS, CHANGE + LOSS),
+    by=BY,
+    figures=figures,
+    reading=reading,
+    cells=cells,
+    check=check,
+)

@@ -1,0 +1,116 @@
+"""Which function lives where is found where it was put, and told from as many random parts."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import numpy as np
+import pytest
+
+from jambascope import HookedJamba
+from jambascope.errors import ConfigError
+from jambascope.studies import functional_segregation as segregation
+from jambascope.studies.figures.parts import Bar, grouped, layer_map
+from jambascope.studies.runner import run as running
+from jambascope.studies.runner.spec import make_spec
+from jambascope.studies.runner.study import load
+from jambascope.studies.runner.summary import one, summarize
+from jambascope.studies.zoo.tasks import draw
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    settings = {"documents": 24, "tasks": "repeat,text", "k": "2", "draws": 2}
+    spec = make_spec("functional_segregation", segregation.SegregationSpec, settings)
+    return running.run("functional_segregation", spec, tmp_path_factory.mktemp("runs"))
+
+
+def test_repetition_lives_in_the_attention_of_jamba_micro_and_text_does_not(finished):
+    _, study, spec, rows = running.read(finished.path)
+    summary = summarize(rows, study.headline, study.by)
+
+    def change(task, taken):
+        return one(summary, measure="change of loss", task=task, without=taken)
+
+    attention, control = "all attention layers", "as many random layers as attention"
+    assert change("repeat", attention).low > change("repeat", control).high + 1
+    assert change("text", attention).high < 1 < change("repeat", attention).low
+    assert change("repeat", attention).n == 12 and change("text", "all Mamba layers").low > 1
+    kept, random = (change("repeat", w) for w in ("all heads but the top", "all heads but random ones"))
+    assert kept.high < change("repeat", attention).low and kept["mean"] < random["mean"]
+
+
+def test_the_reading_names_what_attention_is_for(finished):
+    _, study, spec, rows = running.read(finished.path)
+    text = study.reading(spec, rows)
+    about = re.search(r"Without all attention layers.*?In sum: (.*?)\n\n", text, re.DOTALL)[1]
+    assert re.search(r"needed more than as many random layers for [^;]*repeat", about)
+    assert not re.search(r"needed more than as many random layers for [^;]*text", about)
+    assert re.search(r"repeat .* nats, which keeps 0\.\d+ \[0\.\d+, \d\.\d+\] of what attention is worth", text)
+    assert "too little is left either way" in text
+    same = rows.assign(value=rows["value"].where(rows.measure != "less the control: change of loss", 0.0))
+    again = study.reading(spec, same)
+    assert "not told from as many random layers for" in again and "needed more" not in again
+    page = (finished.path / "report.html").read_text()
+    assert page.count("plotly-graph-div") >= 2
+
+
+def test_the_layer_map_shows_the_attention_layer(finished):
+    _, study, spec, rows = running.read(finished.path)
+    bars, found = study.figures(spec, rows)
+    values = found.data[0].z
+    assert values.shape == (8, 2) and values[:, 0].argmin() == 4
+    own = rows[rows.measure == "layer: change of accuracy"]
+    assert values[4, 0] == pytest.approx(own[(own.layer == 4) & (own.task == "repeat")]["value"].mean())
+    assert "attention" in found.layout.yaxis.ticktext[4] and "Mamba" in found.layout.yaxis.ticktext[3]
+    assert {trace.name for trace in bars.data} == {"these", "random ones, as many"}
+
+
+def test_text_counts_only_words_that_nothing_determines():
+    task, stories = segregation.documents_of("text", 3, seed=0)
+    for doc, drawn in zip(stories, draw(task, 3, 0), strict=True):
+        assert doc.words == drawn.words and not set(doc.answers) & set(drawn.answers)
+        assert len(doc.answers) + len(drawn.answers) == len(doc.words)
+
+
+@pytest.mark.parametrize("name", segregation.DOMAINS)
+def test_no_part_taken_away_changes_nothing(name):
+    model = HookedJamba.from_pretrained("jamba-micro")
+    task, documents = segregation.documents_of(name, 2, seed=0)
+    whole = segregation._measured(model, task, documents, {}, ())
+    assert set(whole) == {"loss", "accuracy"} and all(len(values) == 2 for values in whole.values())
+    changes = segregation._changes(segregation._measured(model, task, documents, {}, ()), whole)
+    assert all(np.all(values == 0) for values in changes.values())
+
+
+@pytest.mark.parametrize(
+    "setting, message", [({"k": "4"}, r"k=4 must lie in 1\.\.3"), ({"tasks": "text,text"}, "each once")]
+)
+def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
+    spec = make_spec("functional_segregation", segregation.SegregationSpec, setting)
+    with pytest.raises(ConfigError, match=message):
+        running.run("functional_segregation", spec, tmp_path)
+
+
+def test_a_model_of_another_language_is_refused(model_of_kind, tmp_path):
+    copy.deepcopy(model_of_kind("attention")).float().save_pretrained(tmp_path / "other")
+    spec = make_spec("functional_segregation", load("functional_segregation").spec, {"models": str(tmp_path / "other")})
+    with pytest.raises(ConfigError, match="language of the packaged models"):
+        running.run("functional_segregation", spec, tmp_path / "runs")
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def test_groups_stand_side_by_side_with_their_intervals():
+    bars = [Bar("p", g, name, 0.5, 0.25, float("inf") if g == "b" else 1.0) for g in "ab" for name in ("x", "y")]
+    first, second = grouped("t", "s", bars, "u").data
+    assert list(np.round(np.array(second.x) - np.array(first.x), 6)) == [0.4, 0.4]
+    assert list(first.error_y.array) == [0.5, 0] and list(first.error_y.arrayminus) == [0.25, 0]
+
+
+def test_an_empty_cell_of_a_map_stays_empty():
+    values = np.array([[0.5, np.nan], [-1.0, 0.0]])
+    fig = layer_map("t", "s", ("mamba", "attention"), ["a", "b"], values, [["", ""]] * 2, "u")
+    assert fig.data[0].zmin == -1 and sum(len(trace.text) for trace in fig.data[1:]) == 3
