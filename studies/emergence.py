@@ -18,12 +18,12 @@ from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
 from jambascope.hooks.heads import HeadScores, repeated_random_tokens, score_heads, shuffled
 from jambascope.model import HookedJamba
+from jambascope.studies.comparisons import holm, sign_flip_p
 from jambascope.studies.corpus import TEXT, check_corpus, losses_and_hits, mixed, speaks_zoo
 from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.zoo import Point
 from jambascope.studies.head_ablation import plural
-from jambascope.studies.multiple import holm, sign_flip_p
 from jambascope.studies.runner.models import open_model
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study

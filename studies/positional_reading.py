@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import torch
 
+from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
 from jambascope.studies.head_ablation import plural
-from jambascope.studies.multiple import holm, sign_flip_p
 from jambascope.studies.runner.summary import number, summarize
 
 ENDS = ["mean", "low", "high"]
@@ -70,7 +70,7 @@ def _paired(rows: pd.DataFrame, measure_: str, x: float, against: float | None =
         other = rows[(rows.measure == measure_) & (rows.x == against)]
         own = (own.set_index(keys)["value"] - other.set_index(keys)["value"]).reset_index().assign(measure=measure_)
     (line,) = [line for _, line in summarize(own, [measure_], ()).iterrows()]
-    values = own.groupby(["seed", "sample"])["value"].mean()
+    values = by_sample(own)
     return line, sign_flip_p(torch.tensor(values.to_numpy()))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import torch
 
+from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
 from jambascope.studies.expert_ablation import CHANGE, FORMS, SPECIFIC, TRAINED_CV, TRAINED_LOSS
 from jambascope.studies.head_ablation import plural
-from jambascope.studies.multiple import holm, sign_flip_p
 from jambascope.studies.runner.summary import number, summarize
 
 ENDS = ["mean", "low", "high"]
@@ -125,7 +125,7 @@ def _tested(rows: pd.DataFrame, measure: str, conditions: Sequence[str]) -> list
     p_values = []
     for _, line in summary.iterrows():
         at = own[(own.layer == line.layer) & (own.condition == line.condition)]
-        values = at.groupby(["seed", "sample"])["value"].mean()
+        values = by_sample(at)
         p_values.append(sign_flip_p(torch.tensor(values.to_numpy())))
     lines = [line for _, line in summary.iterrows()]
     return [(line.condition, int(line.layer), line, p) for line, p in zip(lines, holm(p_values), strict=True)]

@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from jambascope.studies import training_stress
+from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
 from jambascope.studies.head_ablation import plural
-from jambascope.studies.multiple import holm, sign_flip_p
 from jambascope.studies.runner.summary import number, summarize
 from jambascope.studies.training_stress import (
     CLIPPED,
@@ -54,7 +54,7 @@ def _reading_of(spec: Any, rows: pd.DataFrame, recipe: str) -> str:
     growth, tests = summarize(rows, [GROWTH + q for q in POINTS], BY), []
     for _, line in growth[~growth.condition.str.contains(UNTRAINED)].iterrows():
         own = rows[(rows.measure == line.measure) & (rows.condition == line.condition)]
-        values = own.groupby(["seed", "sample"])["value"].mean()
+        values = by_sample(own)
         tests.append((line, sign_flip_p(torch.tensor(values.to_numpy()).log())))
     adjusted = holm([p for _, p in tests])
     said = [

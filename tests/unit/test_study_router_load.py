@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from jambascope import HookedJamba
 from jambascope.errors import ConfigError, InputError
-from jambascope.studies import corpus, expert_ablation, multiple, router_load, router_reading
+from jambascope.studies import corpus, expert_ablation, router_load, router_reading
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.directory import table_of
 from jambascope.studies.runner.spec import make_spec
@@ -196,23 +195,3 @@ def test_another_language_needs_text(model_of_kind, tmp_path, monkeypatch):
 def test_a_text_that_is_no_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="text='nowhere.txt' is no file"):
         running.run("router_load", spec_of(text="nowhere.txt"), tmp_path)
-
-
-# -- tests of many things ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "p, adjusted",
-    [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5], [0.5]), ([0.9, 0.8], [1.0, 1.0]), ([], [])],
-    ids=["three", "one", "capped", "none"],
-)
-def test_holm(p, adjusted):
-    assert multiple.holm(p) == pytest.approx(adjusted)
-
-
-def test_random_signs_tell_a_shift_from_none():
-    values = torch.linspace(-1, 1, 21)
-    assert multiple.sign_flip_p(values) > 0.9
-    assert multiple.sign_flip_p(values + 1) < 0.01
-    assert multiple.sign_flip_p(torch.ones(3)) == pytest.approx(0.25, abs=0.03)
-    assert math.isclose(multiple.sign_flip_p(torch.zeros(5)), 1.0)
