@@ -158,7 +158,7 @@ def sizes(
 
 
 def compared_windows(spec: StabilitySpec) -> tuple[str, str]:
-    """The window that ends with the trained length, and the last."""
+    """A wider window has larger magnitudes by its width alone, which RMS does not: growth is told by RMS. The window that ends with the trained length, and the last."""
     names = names_of(spec)
     return next(name for name in names if name.endswith(f"-{spec.trained}")), names[-1]
 
