@@ -92,7 +92,16 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             raise HookError(f"a StateEdit stands only at a mixer.hook_ssm_state, not at {self.name}")
         if isinstance(hook, StateEdit) and dir != "fwd":
             raise HookError(f"a StateEdit edits the forward pass; attach it to {self.name} among fwd_hooks")
-        return super().add_hook(hook, dir, *args, **kwargs)
+        attached = (self._forward_hooks, self._backward_hooks)
+        before = [set(hooks) for hooks in attached]
+        try:
+            return super().add_hook(hook, dir, *args, **kwargs)
+        except BaseException:  # Ctrl-C between torch, which has the hook, and TransformerLens, which could take it off
+            known = {handle.hook.id for handle in (*self.fwd_hooks, *self.bwd_hooks)}
+            for hooks, old in zip(attached, before, strict=True):
+                for i in set(hooks) - old - known:
+                    del hooks[i]
+            raise
 
 
 class At:

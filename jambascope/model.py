@@ -289,8 +289,16 @@ class HookedJamba(HookedRootModule):
             [(n if callable(n) else resolve(n, self.hook_dict), hook) for n, hook in hooks]
             for hooks in (fwd_hooks, bwd_hooks)
         )
-        with self._lock, super().hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            yield self
+        with self._lock:
+            level = self.context_level
+            try:
+                with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+                    yield self
+            except BaseException:
+                if reset_hooks_end:  # Ctrl-C may have come while they were taken off
+                    self.reset_hooks(clear_contexts, including_permanent=False, level=level + 1)
+                self.context_level = level
+                raise
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
         """Attach a hook until ``reset_hooks``; an unknown name raises HookError with the nearest ones."""

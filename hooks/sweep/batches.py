@@ -61,4 +61,4 @@ def measured(engine: Engine, measure: Measure, rows: Sequence[Row]) -> Iterator[
         for batch in (here[i : i + n] for i in range(0, len(here), n)):
             logits = engine.logits(batch, start)
             found = measure(logits, index_tensor([row.pair for row in batch], logits.device))
-            yield batch, found.cpu().numpy()
+            yield batch, found.detach().cpu().numpy()

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from jambascope.devices import index_tensor
 from jambascope.hooks.sweep.nodes import Target
-from jambascope.hooks.sweep.patches import Row, by_target, changed_stream, patch_hooks
+from jambascope.hooks.sweep.patches import Entries, Row, by_target, changed_stream, patch_hooks
 from jambascope.hooks.sweep.recorded import Base, Recording
 from jambascope.state import Run
 
@@ -80,11 +80,9 @@ class Engine:
     def _patched_stream(self, layer: int, rows: list[Row], start: int) -> torch.Tensor:
         pairs = index_tensor([row.pair for row in rows], self.model.device)
         x = self.base.stream(layer, pairs, start)
-        at = [(i, row.source, p) for i, row in enumerate(rows) for p in row.positions]
-        index, sources, positions = zip(*at, strict=True)
-        index, sources = (index_tensor(v, x.device) for v in (index, sources))
-        places = index_tensor([p - start for p in positions], x.device)
-        x[index, places] = self.source.at(f"blocks.{layer}.hook_resid_pre", sources, positions)
+        entries = Entries.of(rows, self.base.length, x.device)
+        places = index_tensor([p - start for p in entries.positions], x.device)
+        x[entries.rows, places] = self.source.at(f"blocks.{layer}.hook_resid_pre", entries.prompts, entries.positions)
         return x
 
     def _after_layer(self, layer: int, target: int, rows: list[Row], start: int) -> torch.Tensor:

@@ -7,10 +7,12 @@ Tokens are ids or text; where prompt pairs have answers of their own, a list wit
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 
@@ -118,6 +120,7 @@ def as_metrics(metric: Metric | Callable | Sequence[Metric | Callable]) -> list[
     for one in given:
         if callable(one) and not isinstance(one, Metric):
             function = one
+            _check_takes_logits(function)
             one = Metric(getattr(function, "__name__", "metric"), lambda logits, at, f=function: f(logits))
         if not isinstance(one, Metric):
             raise InputError(
@@ -132,6 +135,17 @@ def as_metrics(metric: Metric | Callable | Sequence[Metric | Callable]) -> list[
     return found
 
 
+def _check_takes_logits(function: Callable) -> None:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise InputError(
+            f"metric={function!r} must take the logits alone; one of (logits, reference) is Metric(name, function)"
+        ) from None
+    except ValueError:
+        return  # a built-in one does not say what it takes
+
+
 def token_ids(model: HookedJamba, metric: Metric, pairs: int) -> dict[str, Int[torch.Tensor, "pair ..."]]:
     """The ids of a metric's tokens for each pair.
 
@@ -141,8 +155,12 @@ def token_ids(model: HookedJamba, metric: Metric, pairs: int) -> dict[str, Int[t
     found = {}
     for name, value in metric.tokens.items():
         where = f"{metric.name}: {name}={value!r}"
-        given = list(value) if isinstance(value, (list, tuple)) else value
+        given = _plain(value)
         nested = isinstance(given, list) and any(isinstance(v, (list, tuple)) for v in given)
+        if name == "labels":
+            sets = given if nested else [given]
+            if not all(isinstance(v, (list, tuple)) and v and len(set(v)) == len(v) for v in sets):
+                raise InputError(f"{where}: give a list of different labels, or such a list for each prompt pair")
         if isinstance(given, list) and (nested or name != "labels") and len(given) != pairs:
             raise InputError(f"{where}: give one for all, or one for each of the {pairs} prompt pairs")
         if nested and len({len(v) for v in given}) > 1:
@@ -153,11 +171,17 @@ def token_ids(model: HookedJamba, metric: Metric, pairs: int) -> dict[str, Int[t
     return found
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def _ids(model: HookedJamba, value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_ids(model, v, where) for v in value]
     token = model.to_single_token(value) if isinstance(value, str) else value
-    if not isinstance(token, int) or not 0 <= token < model.config.d_vocab:
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < model.config.d_vocab:
         raise InputError(f"{where}: {value!r} is no token; ids run from 0 to {model.config.d_vocab - 1}")
     return token
 

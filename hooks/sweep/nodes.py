@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 HEADS = ("H", "K")
 STATE, CONV_STATE, CONV = "mixer.hook_ssm_state", "mixer.hook_conv_state", "mixer.hook_conv"
+UNITS = {"H": "head", "K": "key_value_head", "H2": "head", "X": "expert", "expert": "expert"}
+"""Axis -> what its cells are called."""
 EXPERT_OUT, ROUTE = "mlp.hook_expert_out", "mlp.router.hook_expert_indices"
-ADDENDS = ("hook_attn_out", "hook_mixer_out", "hook_mlp_out", EXPERT_OUT)
-"""Points that are added to the stream: a patch of them is a change of it."""
+MLP_OUT, MIDDLE = "hook_mlp_out", "hook_resid_mid"
+
+
+DEFAULT = ("z", "mixer_out", "mlp_out")
+"""The components that a question is about where it names none, as far as a model has them."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,14 @@ class Target:
         return self.row.name.removeprefix("blocks.{L}.")
 
     @property
+    def unit_name(self) -> str:
+        """What its cells are called."""
+        return UNITS.get(self.axis, "channels")
+
+    @property
     def read_again(self) -> bool:
         """Whether a cell's values are told by the base run, too: see :func:`read_again`."""
-        return self.tail in ADDENDS or self.node.window is not None
+        return self.tail in (MLP_OUT, EXPERT_OUT) or self.node.window is not None
 
     def channels(self, unit: int) -> tuple[int, ...]:
         """The channels of a cell that is a group of them."""
@@ -110,6 +120,39 @@ def targets(model: HookedJamba, node: Node | str, layers: Sequence[int] | None =
     return [_target(model, node, name) for name in names]
 
 
+def targets_of(
+    model: HookedJamba, field: str, nodes: str | Node | Iterable[str | Node] | None, layers: Sequence[int] | None
+) -> list[list[Target]]:
+    """The targets of each node; of ``DEFAULT`` where None, in those of the layers that have them.
+
+    Raises:
+        HookError: as :func:`targets`.
+        InputError: no node, or one twice.
+    """
+    if nodes is not None:
+        return [targets(model, node, layers) for node in distinct(field, nodes)]
+    tails = {name.split(".", 2)[-1] for name in model.hook_rows}
+    points = ("attn.hook_z", "hook_mixer_out", "hook_mlp_out")
+    found = [targets(model, node) for node, point in zip(DEFAULT, points, strict=True) if point in tails]
+    within = [[t for t in of_node if layers is None or t.layer in layers] for of_node in found]
+    return [of_node for of_node in within if of_node]
+
+
+def distinct(field: str, given: str | Node | Iterable[str | Node]) -> list[str | Node]:
+    """One or several of what a sweep is about, as a list.
+
+    Raises:
+        InputError: none, or one twice.
+    """
+    found = [given] if isinstance(given, (str, Node)) else list(given)
+    if not found:
+        raise InputError(f"{field}=[] holds nothing; give at least one")
+    names = [one.name if isinstance(one, Node) else one for one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{field}: {twice!r} is given twice")
+    return found
+
+
 def _target(model: HookedJamba, node: Node, name: str) -> Target:
     if not name.startswith("blocks."):
         raise HookError(
@@ -124,9 +167,11 @@ def _target(model: HookedJamba, node: Node, name: str) -> Target:
     if (node.window or node.conv) and tail != STATE:
         raise InputError(f"{node.name}: window and conv are of ssm_state")
     sizes = dict(zip(row.axes, row.shape(model.config, 1, 1), strict=True))
+    if model.config.d_conv == 1 and (node.conv or tail == CONV_STATE):
+        raise HookError(f"{node.name}: with d_conv=1 a convolution remembers no inputs; patch the state alone")
     if node.channels:
         axis = next((a for a in row.axes if a in AXES["channels"]), None)
-        if axis is None or any(a in row.axes for a in HEADS):
+        if axis is None or any(a in row.axes for a in (*HEADS, "S")):
             raise HookError(f"{node.name}: {name} has no channels to group; its axes are {' '.join(row.axes)}")
         return Target(node, layer, row, axis, -(-sizes[axis] // node.channels), sizes[axis])
     if tail == EXPERT_OUT and node.by != "expert" and node.by != "auto":
@@ -191,8 +236,10 @@ def needed(target: Target) -> list[str]:
 
 def read_again(target: Target, positions: Sequence[int], length: int, d_conv: int) -> dict[str, Sequence[int]]:
     """The hook points of the base run that a cell's values are told by, and where."""
-    if target.tail in ADDENDS:
+    if target.tail == EXPERT_OUT:
         return dict.fromkeys(needed(target), positions)
+    if target.tail == MLP_OUT:
+        return {f"blocks.{target.layer}.{MIDDLE}": positions}
     if target.node.window is None:
         return {}
     end = positions[-1] + target.node.window

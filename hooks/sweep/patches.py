@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from jambascope.devices import index_tensor
 from jambascope.hook_point import At, HookPoint, StateEdit
 from jambascope.hook_table import HookRow
-from jambascope.hooks.sweep.nodes import CONV, CONV_STATE, EXPERT_OUT, HEADS, ROUTE, STATE, Target
+from jambascope.hooks.sweep.nodes import CONV, CONV_STATE, EXPERT_OUT, HEADS, MIDDLE, MLP_OUT, ROUTE, STATE, Target
 from jambascope.hooks.sweep.recorded import Base, Recording
 from jambascope.state import Run
 
@@ -35,7 +35,7 @@ class Row:
     target: int
     """Index among the targets."""
     positions: tuple[int, ...]
-    """Ascending."""
+    """Ascending; those after the last reading are not patched, but windows are counted from them."""
     unit: int
     place: tuple[int, ...]
     """Where its result belongs."""
@@ -56,8 +56,10 @@ class Entries:
     """Rows."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Entries:
-        each = [(i, row.source, row.pair, p, row.unit) for i, row in enumerate(rows) for p in row.positions]
+    def of(cls, rows: Sequence[Row], length: int, device: torch.device) -> Entries:
+        each = [
+            (i, row.source, row.pair, p, row.unit) for i, row in enumerate(rows) for p in row.positions if p < length
+        ]
         at, sources, pairs, positions, units = zip(*each, strict=True)
         tensors = (index_tensor(v, device) for v in (at, sources, pairs))
         return cls(*tensors, list(positions), list(units), len(rows))
@@ -73,44 +75,38 @@ def changed_stream(
 ) -> Float[torch.Tensor, "R pos d_model"] | None:
     """The stream after a layer whose rows are patched where only the patched positions of it change, so that the layer
     itself need not run again; None where that is not so."""
-    device, layer = model.device, target.layer
-    point = target.tail.rsplit(".", 1)[-1]
-    kind = point if point in ("hook_resid_mid", "hook_resid_post", "hook_mlp_out") else None
-    kind = "hook_mixer_out" if point in ("hook_attn_out", "hook_mixer_out") else kind
-    kind = "hook_mlp_out" if target.tail == EXPERT_OUT else kind
-    if kind is None or target.node.channels:
+    layer, tail, block = target.layer, target.tail, model.blocks[target.layer]
+    if tail not in ("hook_attn_out", "hook_mixer_out", "hook_resid_mid", MLP_OUT, EXPERT_OUT, "hook_resid_post"):
         return None
-    entries = Entries.of(rows, device)
-    pairs = index_tensor([row.pair for row in rows], device)
-    after = base.stream(layer + 1, pairs, start)
-    at = (entries.rows, index_tensor([p - start for p in entries.positions], device))
-    block = model.blocks[layer]
-    if kind == "hook_resid_post" or (kind == "hook_resid_mid" and not block.has_feed_forward):
-        after[at] = source.at(target.name, entries.prompts, entries.positions)
+    if target.node.channels:
+        return None
+    pairs = index_tensor([row.pair for row in rows], model.device)
+    entries, after = Entries.of(rows, base.length, model.device), base.stream(layer + 1, pairs, start)
+    at = (entries.rows, index_tensor([p - start for p in entries.positions], model.device))
+    if tail == EXPERT_OUT:
+        after[at] += _change_of_experts(base, source, target, entries)
         return after
-    if kind == "hook_mlp_out" or not block.has_feed_forward:
-        after[at] += _change(base, source, target, entries)
-        return after
-    if kind == "hook_resid_mid":
-        mid = source.at(target.name, entries.prompts, entries.positions)
-    else:
-        stream = base.stream(layer, pairs, start)[at]
-        mid = stream + source.at(target.name, entries.prompts, entries.positions)
-    after[at] = block.feed(mid[:, None], Run(len(mid), 1, device, None, None))[:, 0]
+    new = source.at(target.name, entries.prompts, entries.positions)
+    if tail == MLP_OUT:
+        new = base.recording.at(f"blocks.{layer}.{MIDDLE}", entries.pairs, entries.positions) + new
+    elif tail in ("hook_attn_out", "hook_mixer_out"):
+        new = base.stream(layer, pairs, start)[at] + new
+    if block.has_feed_forward and tail not in (MLP_OUT, "hook_resid_post"):
+        new = block.feed(new[:, None], Run(len(new), 1, model.device, None, None))[:, 0]
+    after[at] = new
     return after
 
 
-def _change(base: Base, source: Recording, target: Target, entries: Entries) -> Float[torch.Tensor, "entry d_model"]:
-    """What the patch adds to what the target's component had written."""
-    if target.tail != EXPERT_OUT:
-        new = source.at(target.name, entries.prompts, entries.positions)
-        return new - base.recording.at(target.name, entries.pairs, entries.positions)
+def _change_of_experts(
+    base: Base, source: Recording, target: Target, entries: Entries
+) -> Float[torch.Tensor, "entry d_model"]:
+    """What patches of single experts add to what the feed-forward had written."""
     units = index_tensor(entries.units, entries.rows.device)
-    addends = [
+    new, old = (
         _expert_addends(recording, target.layer, prompts, entries.positions, units)
         for recording, prompts in ((source, entries.prompts), (base.recording, entries.pairs))
-    ]
-    return addends[0] - addends[1]
+    )
+    return new - old
 
 
 def _expert_addends(
@@ -129,7 +125,7 @@ def patch_hooks(
     rows: Sequence[Row],
 ) -> list[tuple[str, Callable]]:
     """Hooks that patch the rows of a batch, each with its own cell of one target."""
-    entries = Entries.of(rows, model.device)
+    entries = Entries.of(rows, base.length, model.device)
     if target.tail != STATE:
         return [(target.name, _put(source, target, entries, target.row))]
     ends = _entries_after(base, target, rows, 1, model.device)

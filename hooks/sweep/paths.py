@@ -10,25 +10,25 @@ A receiver is what a layer reads: q, k or v of a head, the input of a Mamba mixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-import xarray as xr
 from jaxtyping import Float
 
 from jambascope.errors import HookError, InputError
-from jambascope.hooks.sweep.batches import measured, starts_of
+from jambascope.hooks.intervals import at_least
+from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.engine import Engine
 from jambascope.hooks.sweep.metrics import Metric
-from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, expert_addend, needed, targets
+from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, distinct, expert_addend, needed, targets, targets_of
 from jambascope.hooks.sweep.patches import Row
-from jambascope.hooks.sweep.progress import Progress, watched
-from jambascope.hooks.sweep.question import Direction, Measure, Question
+from jambascope.hooks.sweep.progress import Progress
+from jambascope.hooks.sweep.question import Direction, Measure, Question, layers_of
 from jambascope.hooks.sweep.recorded import Base, Recording, record
 from jambascope.hooks.sweep.result import Effects
+from jambascope.hooks.sweep.running import Running
 from jambascope.state import Run
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def path_patch(
     clean: Input,
     corrupted: Input,
     metric: Metric | Callable | Sequence[Metric | Callable],
-    senders: str | Node | Sequence[str | Node] = ("z", "mixer_out", "mlp_out"),
+    senders: str | Node | Sequence[str | Node] | None = None,
     receivers: str | Sequence[str] = RECEIVERS,
     *,
-    layers: Sequence[int] | None = None,
-    receiver_layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
+    receiver_layers: Iterable[int] | None = None,
     through: Through = "stream",
     direction: Direction = "denoise",
     progress: bool | Progress = True,
@@ -78,7 +78,7 @@ def path_patch(
 
     Args:
         senders: components that write to the stream: z (each head), attn_out, mixer_out, mlp_out, expert_out (each
-            expert).
+            expert). None: z, mixer_out and mlp_out where the model has them.
         receivers: of ``RECEIVERS``; heads one by one.
         layers, receiver_layers: those of the senders and of the receivers; all that have them when None.
         through: "stream": the residual stream alone carries the change; "feed_forwards": those between compute anew
@@ -90,24 +90,22 @@ def path_patch(
     """
     if through not in ("stream", "feed_forwards"):
         raise InputError(f"through={through!r} must be 'stream' or 'feed_forwards'")
+    at_least("max_bytes", max_bytes)
     question = Question.of(model, clean, corrupted, metric, direction)
-    sending = list(_senders(model, senders, layers))
-    names = [receivers] if isinstance(receivers, str) else list(receivers)
+    layers, receiver_layers = layers_of(model, layers), layers_of(model, receiver_layers)
+    sending = list(_senders(targets_of(model, "senders", senders, layers)))
+    names = distinct("receivers", receivers)
     reading = [target for name in names if name != "logits" for target in _receivers(model, name, receiver_layers)]
+    if not reading and "logits" not in names:
+        where = "" if receiver_layers is None else f" among layers {list(receiver_layers)}"
+        raise HookError(f"receivers: this model has no {' and no '.join(names)}{where}")
     paths = _Paths(question, sending, reading, "logits" in names, through, max_bytes)
-    with watched(progress) as show:
-        try:
-            for share in paths.run():
-                if show(share, paths.result) is False:
-                    return paths.result()
-        except KeyboardInterrupt:
-            return paths.result()
-    return paths.result(complete=True)
+    return paths.until_done(progress)
 
 
-def _senders(model: HookedJamba, senders: str | Node | Sequence[str | Node], layers) -> Iterator[Sender]:
-    for node in [senders] if isinstance(senders, (str, Node)) else senders:
-        for target in targets(model, node, layers):
+def _senders(chosen: list[list[Target]]) -> Iterator[Sender]:
+    for of_node in chosen:
+        for target in of_node:
             if target.tail not in WRITERS or target.node.channels or (target.tail == "attn.hook_z" and not target.axis):
                 raise HookError(
                     f"senders: {target.node.name} does not write to the stream; "
@@ -140,7 +138,7 @@ def _label(target: Target, unit: int) -> str:
     return f"{name} {unit}" if target.axis else name
 
 
-class _Paths:
+class _Paths(Running):
     """All pairs of senders and receivers."""
 
     def __init__(
@@ -152,38 +150,56 @@ class _Paths:
         through: Through,
         max_bytes: int,
     ) -> None:
-        self.question, self.model = question, question.model
+        super().__init__(question)
         self.senders, self.receivers, self.through, self.max_bytes = senders, receivers, through, max_bytes
         self.columns = [(target, unit) for target in receivers for unit in range(target.units)]
-        self.labels = [_label(*column) for column in self.columns] + ["logits"] * logits
-        shape = len(question.metrics), question.pairs, len(senders), len(self.labels)
-        self.values = np.full(shape, np.nan)
-        self.runs: dict[str, np.ndarray] = {}
+        self.logits = logits
+        labels = [_label(*column) for column in self.columns] + ["logits"] * logits
+        self.add("paths", {"sender": [s.label for s in senders], "receiver": labels})
 
     def run(self) -> Iterator[float]:
         """Measure receiver by receiver, in the order in which they read; the share that is done."""
         question, config = self.question, self.model.config
-        first = min(question.same_up_to)
         wanted = {name: range(question.length) for s in self.senders for name in needed(s.target)}
         source, source_logits = record(self.model, question.source, wanted)
-        rows = [Row(0, 0, 0, (min(first, question.length - 1),), 0, ())]
+        rows = [Row(0, 0, 0, (min(*question.same_up_to, question.length - 1),), 0, ())]
         starts = starts_of(self.model, rows, question.length, question.pairs, self.max_bytes)
-        lowest = min((s.target.layer for s in self.senders), default=0)
-        further = wanted | self._written(lowest)
-        base = Base.record(self.model, question.base, starts, range(lowest, config.n_layers), further)
+        lowest = min(s.target.layer for s in self.senders)
+        base = Base.record(
+            self.model, question.base, starts, range(lowest, config.n_layers), wanted | self._written(lowest)
+        )
         measure = Measure(question, base.logits, source_logits)
         self.runs = measure.runs()
+        done, work = (
+            0,
+            question.pairs * sum(s.stage <= _stage(target) for s in self.senders for target, _ in self.columns),
+        )
         yield 0.0
-        for stage, active, streams in self._streams(base, source, lowest):
-            for target in self.receivers:
-                if _stage(target) == stage and first < question.length:
-                    self._receive(target, active, streams, base, measure)
-            if stage == 2 * config.n_layers and "logits" in self.labels:
-                x = self.model.ln_final(streams[:, :, list(question.all_reads)].flatten(0, 1))
-                pairs = torch.arange(question.pairs, device=x.device).repeat(len(active))
-                found = measure(self.model.unembed(x), pairs).cpu().numpy()
-                self.values[:, :, active, -1] = found.reshape(len(found), len(active), -1).swapaxes(1, 2)
-            yield stage / (2 * config.n_layers)
+        for group in self._groups():
+            for stage, active, streams in self._streams(base, source, lowest, group):
+                for target in (target for target in self.receivers if _stage(target) == stage):
+                    for cells in self._receive(target, active, streams, base, measure):
+                        done += cells
+                        yield done / work
+                if stage == 2 * config.n_layers and self.logits:
+                    self._unembed(active, streams, measure)
+
+    def _groups(self) -> list[list[int]]:
+        """The senders whose streams are held together."""
+        config, n = self.model.config, len(self.senders)
+        size = self.question.base.numel() * config.d_model * self.model.dtype.itemsize
+        at_once = max(1, self.max_bytes // (4 * size))
+        order = sorted(range(n), key=lambda i: self.senders[i].stage)
+        return [order[i : i + at_once] for i in range(0, n, at_once)]
+
+    def _unembed(self, active: list[int], streams: torch.Tensor, measure: Measure) -> None:
+        """What the logits make of each sender's stream."""
+        with self.model._lock:
+            logits = self.model.unembed(self.model.ln_final(streams[:, :, list(self.question.all_reads)].flatten(0, 1)))
+        pairs = range(self.question.pairs)
+        found = measure(logits, torch.arange(len(pairs), device=logits.device).repeat(len(active))).cpu().numpy()
+        last = len(self.columns)
+        self.write([Row(p, p, 0, (), 0, ("paths", p, sender, last)) for sender in active for p in pairs], found)
 
     def _written(self, lowest: int) -> dict[str, range]:
         """What else is kept of the base run: its stream between the halves of layers, and what receivers replace."""
@@ -191,9 +207,11 @@ class _Paths:
         names += [target.name for target in self.receivers if target.tail == "hook_mlp_out"]
         return dict.fromkeys(names, range(self.question.length))
 
-    def _streams(self, base: Base, source: Recording, lowest: int) -> Iterator[tuple[int, list[int], torch.Tensor]]:
-        """Each reading from the first that any sender reaches: its stage, the senders that reach it, and the stream as
-        each of them alone changes it, [sender pair pos d_model]."""
+    def _streams(
+        self, base: Base, source: Recording, lowest: int, group: list[int]
+    ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+        """Each reading from the first that any sender of a group reaches: its stage, the senders that reach it, and the
+        stream as each of them alone changes it, [sender pair pos d_model]."""
         config, everyone = self.model.config, torch.arange(self.question.pairs, device=self.model.device)
         before, active = base.stream(lowest, everyone, 0), []
         streams = before.new_empty(0, *before.shape)
@@ -205,10 +223,11 @@ class _Paths:
             if not mixed and self.through == "feed_forwards" and config.feed_forwards[layer - 1] != "none" and active:
                 flat = streams.flatten(0, 1)
                 run = Run(len(flat), flat.shape[1], flat.device, None, None)
-                streams = self.model.blocks[layer - 1].feed(flat, run).view_as(streams)
+                with self.model._lock:
+                    streams = self.model.blocks[layer - 1].feed(flat, run).view_as(streams)
             else:
                 streams = streams + (now - before)
-            joining = [i for i, s in enumerate(self.senders) if s.stage <= stage and i not in active]
+            joining = [i for i in group if self.senders[i].stage <= stage and i not in active]
             if joining:
                 changes = torch.stack([self._change(base.recording, source, self.senders[i]) for i in joining])
                 streams, active = torch.cat((streams, now + changes)), active + joining
@@ -228,51 +247,40 @@ class _Paths:
             return change[:, :, sender.unit] @ self.model.blocks[target.layer].attn.W_O[sender.unit]
         return change
 
-    def _receive(self, target: Target, active: list[int], streams: torch.Tensor, base: Base, measure: Measure) -> None:
-        """What reaches a receiver from each sender, patched into runs of their own."""
+    def _receive(
+        self, target: Target, active: list[int], streams: torch.Tensor, base: Base, measure: Measure
+    ) -> Iterator[int]:
+        """What reaches a receiver from each sender, patched into runs of their own; how many cells are done."""
         question, first = self.question, self.question.same_up_to
+        same = [pair for pair in range(question.pairs) if first[pair] == question.length]
         width = target.row.nbytes(self.model.config, question.pairs, question.length, self.model.dtype)
-        at_once = max(1, self.max_bytes // width)
+        at_once = max(1, self.max_bytes // (4 * width))
         columns = [i for i, (of, _) in enumerate(self.columns) if of is target]
-        base_run = self.runs["corrupted" if question.direction == "denoise" else "clean"]
-        self.values[:, :, np.array(active)[:, None], columns] = base_run[..., None, None]  # of pairs that do not differ
         for begin in range(0, len(active), at_once):
             some = active[begin : begin + at_once]
             values = self._read(target, streams[begin : begin + at_once].flatten(0, 1))
             source = Recording({target.name: values}, {target.name: range(question.length)})
             rows = [
-                Row(
-                    pair,
-                    i * question.pairs + pair,
-                    0,
-                    tuple(range(first[pair], question.length)),
-                    unit,
-                    (sender, column),
-                )
+                Row(pair, i * question.pairs + pair, 0, tuple(range(first[pair], question.length)), unit, place)
                 for i, sender in enumerate(some)
                 for pair in range(question.pairs)
                 for unit, column in enumerate(columns)
-                if first[pair] < question.length
+                for place in [("paths", pair, sender, column)]
             ]
+            still = [row for row in rows if row.pair in same]
+            self.write(still, self.base[:, [row.pair for row in still]])
+            yield len(still)
             engine = Engine(self.model, [target], base, source, question.all_reads)
-            for batch, found in measured(engine, measure, rows):
-                for row, values in zip(batch, found.T, strict=True):
-                    self.values[:, row.pair, *row.place] = values
+            for batch in self.measure(engine, measure, [row for row in rows if row.pair not in same]):
+                yield len(batch)
 
     def _read(self, target: Target, stream: Float[torch.Tensor, "row pos d_model"]) -> torch.Tensor:
         """What a receiver makes of a stream."""
         block = self.model.blocks[target.layer]
-        if target.tail == "hook_mlp_out":
-            return block.mlp(block.ln2(stream), Run(len(stream), stream.shape[1], stream.device, None, None))
-        if target.tail == "mixer.hook_in_proj":
-            return block.mixer.in_proj(block.ln1(stream))
-        read = getattr(block.attn, f"{target.node.component}_proj")(block.ln1(stream))
-        return read.unflatten(-1, (target.units, -1))
-
-    def result(self, complete: bool = False) -> Effects:
-        """What is known so far."""
-        runs = {"metric": [m.name for m in self.question.metrics], "pair": list(range(self.question.pairs))}
-        coords = runs | {"sender": [s.label for s in self.senders], "receiver": self.labels}
-        values = {"paths": xr.DataArray(self.values, coords, list(coords))}
-        ends = (xr.DataArray(self.runs[name], runs, list(runs)) for name in ("clean", "corrupted"))
-        return Effects(values, *ends, self.question.direction, complete)
+        with self.model._lock:
+            if target.tail == "hook_mlp_out":
+                return block.mlp(block.ln2(stream), Run(len(stream), stream.shape[1], stream.device, None, None))
+            if target.tail == "mixer.hook_in_proj":
+                return block.mixer.in_proj(block.ln1(stream))
+            read = getattr(block.attn, f"{target.node.component}_proj")(block.ln1(stream))
+            return read.unflatten(-1, (target.units, -1))

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jambascope.hooks.sweep.result import PatchSweep
+from jambascope.hooks.sweep.result import Effects
 
-Progress = Callable[[float, PatchSweep], Any]
+Progress = Callable[[float, Effects], Any]
 """Given the share that is done and the result so far; False ends the sweep."""
 
 
 @contextmanager
-def watched(progress: bool | Progress) -> Iterator[Callable[[float, Callable[[], PatchSweep]], Any]]:
+def watched(progress: bool | Progress) -> Iterator[Callable[[float, Callable[[], Effects]], Any]]:
     """What a sweep is to call after each batch, with the share done and a function that gives the result so far."""
     if callable(progress):
         yield lambda share, result: progress(share, result())
@@ -27,6 +27,6 @@ def watched(progress: bool | Progress) -> Iterator[Callable[[float, Callable[[],
 
     columns = (TextColumn("patching"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter)) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda share, result: bar.update(task, completed=share)

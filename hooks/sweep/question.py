@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from jambascope.errors import InputError
+from jambascope.errors import HookError, InputError
 from jambascope.hook_point import listeners
 from jambascope.hooks.sweep.metrics import Metric, Reference, as_metrics, token_ids
 
@@ -51,12 +52,17 @@ class Question:
         """
         if direction not in ("denoise", "noise"):
             raise InputError(f"direction={direction!r} must be 'denoise' or 'noise'")
-        if any(listeners(model)):
+        with model._lock:  # another thread's hooks are gone when its run ends
+            attached = any(listeners(model))
+        if attached:
             raise InputError(
                 "the model has hooks attached, which would act on every cell; model.reset_hooks() takes them off"
             )
         clean, corrupted = prompt_pairs(model, clean, corrupted)
         metrics, length = tuple(as_metrics(metric)), clean.shape[1]
+        for m in metrics:
+            if not isinstance(m.positions, Iterable) or not listed(m.positions):
+                raise InputError(f"{m.name}: positions={m.positions!r} must be the positions that it reads, as (-1,)")
         reads = {m.name: tuple(position(p, length, f"{m.name}: positions") for p in m.positions) for m in metrics}
         last = max(p for of_metric in reads.values() for p in of_metric)
         base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
@@ -129,7 +135,7 @@ class Measure:
         """
         pairs, found = torch.arange(self.question.pairs, device=self.clean.device), {}
         for name, logits in (("clean", self.clean), ("corrupted", self.corrupted)):
-            found[name] = self(logits, pairs).cpu().numpy()
+            found[name] = self(logits, pairs).detach().cpu().numpy()
             for metric, values in zip(self.question.metrics, found[name], strict=True):
                 if not np.isfinite(values).all():
                     pair = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -168,6 +174,40 @@ def position(value: int, length: int, field: str) -> int:
     Raises:
         InputError: one that the prompt does not have.
     """
-    if not isinstance(value, int) or not -length <= value < length:
+    p = whole(value)
+    if p is None or not -length <= p < length:
         raise InputError(f"{field}: {value!r} is not in a prompt of {length} tokens (0..{length - 1}, or from the end)")
-    return value % length
+    return p % length
+
+
+def layers_of(model: HookedJamba, layers: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Distinct layers, ascending; None stays None.
+
+    Raises:
+        HookError: one that the model does not have.
+        InputError: none, or no list.
+    """
+    if layers is None:
+        return None
+    if not isinstance(layers, Iterable):
+        raise InputError(f"layers={layers!r} must be a list of layers, or None for all")
+    found, n = {value: whole(value) for value in listed(layers)}, model.config.n_layers
+    for value, layer in found.items():
+        if layer is None or not 0 <= layer < n:
+            raise HookError(f"layers: this model has layers 0..{n - 1}, not {value!r}")
+    if not found:
+        raise InputError("layers=[] holds nothing; leave it out for all that have what is asked for")
+    return tuple(sorted(set(found.values())))
+
+
+def listed(values: Iterable) -> list:
+    """Of an array or a tensor its plain numbers."""
+    return values.tolist() if isinstance(values, (np.ndarray, torch.Tensor)) else list(values)
+
+
+def whole(value: object) -> int | None:
+    """A whole number of any kind as int; None where it is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

@@ -69,10 +69,7 @@ class Effects:
 
     def save(self, path: str | Path) -> None:
         """The table as parquet, whole or not at all."""
-        table = self.table()
-        if "position" in table:
-            table["position"] = table["position"].astype(str)
-        write_table(Path(path), pa.Table.from_pandas(table, preserve_index=False))
+        write_table(Path(path), pa.Table.from_pandas(self.table(), preserve_index=False))
 
 
 class PatchSweep(Effects):
@@ -86,9 +83,19 @@ class PatchSweep(Effects):
         return frame.assign(node=name, of=unit or "")[columns]
 
     def top(self, k: int = 10, metric: str | None = None) -> pd.DataFrame:
-        """The cells with the largest mean effect over pairs, by size: node, layer, position, of, unit, effect."""
+        """The cells with the largest mean effect over pairs, by size: node, layer, position, of, unit, effect.
+
+        Args:
+            metric: the first when None.
+
+        Raises:
+            InputError: no such metric.
+        """
+        names = self.clean.metric.values.tolist()
+        if metric is not None and metric not in names:
+            raise InputError(f"metric={metric!r} was not measured; this sweep has {', '.join(names)}")
         table = self.table()
-        table = table[table["metric"] == (metric or table["metric"].iloc[0])]
+        table = table[table["metric"] == (metric or names[0])]
         cells = table.groupby(["node", "layer", "position", "of", "unit"], sort=False)["effect"].mean().reset_index()
         return cells.iloc[np.argsort(-cells["effect"].abs().fillna(-1).to_numpy(), kind="stable")[:k]]
 
@@ -96,6 +103,6 @@ class PatchSweep(Effects):
 class SweepError(InputError):
     """A metric that was not finite at some cell; ``result`` is what was known by then."""
 
-    def __init__(self, message: str, result: PatchSweep) -> None:
+    def __init__(self, message: str, result: Effects) -> None:
         super().__init__(message)
         self.result = result

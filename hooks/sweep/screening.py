@@ -23,7 +23,7 @@ from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Measure, Question
 from jambascope.hooks.sweep.result import PatchSweep
-from jambascope.hooks.sweep.sweep import Cells, swept
+from jambascope.hooks.sweep.sweep import Cells, Sweep
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba, Input
@@ -62,7 +62,7 @@ def screen(
     clean: Input,
     corrupted: Input,
     metric: Metric | Callable,
-    nodes: str | Node | Sequence[str | Node] = ("z", "mixer_out", "mlp_out"),
+    nodes: str | Node | Sequence[str | Node] | None = None,
     *,
     top: int = 50,
     layers: Iterable[int] | None = None,
@@ -73,28 +73,33 @@ def screen(
 ) -> Screen:
     """Estimate every cell, and patch the ``top`` largest estimates.
 
-    Arguments and errors are those of ``patch_sweep``; one metric, which must have a gradient; positions one by one; and
-    no windows, ``conv`` or experts' addends, which have no gradient of their own.
+    Arguments and errors are those of ``patch_sweep``; one metric, which must have a gradient; z, mixer_out and mlp_out
+    where the model has them when ``nodes`` is None; positions one by one; and no windows, ``conv`` or experts' addends,
+    which have no gradient of their own.
     """
     at_least("top", top)
+    at_least("max_bytes", max_bytes)
     question = Question.of(model, clean, corrupted, metric, direction)
     if len(question.metrics) != 1:
         raise InputError("metric: a screen takes one; its estimates are of one gradient")
     cells = Cells(model, nodes, layers, positions, question.prompt_length)
     _check(cells, question)
     estimates = _estimates(question, cells)
-    sizes = np.concatenate([np.abs(values).ravel() for values in estimates])
-    least = np.sort(sizes[~np.isnan(sizes)])[-min(top, int((~np.isnan(sizes)).sum()))]
+    sizes = np.concatenate([np.abs(values).ravel() for values in estimates.values()])
+    largest = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")[: min(top, int((~np.isnan(sizes)).sum()))]
+    chosen = np.isin(np.arange(sizes.size), largest)
+    parts = np.split(chosen, np.cumsum([values.size for values in estimates.values()])[:-1])
+    chosen = {name: part.reshape(estimates[name].shape) for name, part in zip(estimates, parts, strict=True)}
 
     def wanted(row: Row) -> bool:
         node, _, *cell = row.place
-        return abs(estimates[node][tuple(cell)]) >= least
+        return chosen[node][tuple(cell)]
 
-    true = swept(question, cells, progress, max_bytes, wanted)
-    named = {}
-    for (name, values), estimated in zip(true.values.items(), estimates, strict=True):
-        like = values[0, 0]
-        named[name] = like.copy(data=estimated.reshape(like.shape)).drop_vars(["metric", "pair"])
+    true = Sweep(question, cells, max_bytes, wanted).until_done(progress)
+    named = {
+        name: values[0, 0].copy(data=estimates[name]).drop_vars(["metric", "pair"])
+        for name, values in true.values.items()
+    }
     return Screen(named, true)
 
 
@@ -106,8 +111,9 @@ def _check(cells: Cells, question: Question) -> None:
         raise InputError("positions: a screen estimates them one by one; give single positions")
 
 
-def _estimates(question: Question, cells: Cells) -> list[np.ndarray]:
-    """Estimated change of the metric's mean, [layer position unit] of each node; 0 after the last reading."""
+def _estimates(question: Question, cells: Cells) -> dict[str, np.ndarray]:
+    """Node -> estimated change of the metric's mean, [layer position], and unit where there are several; 0 after the
+    last reading."""
     model, reads = question.model, list(question.all_reads)
     pairs = torch.arange(question.pairs, device=model.device)
     runs = (model(tokens).detach() for tokens in (question.base, question.source))
@@ -119,20 +125,23 @@ def _estimates(question: Question, cells: Cells) -> list[np.ndarray]:
         found.append(np.full(shape, np.nan))
         for target in of_node:
             found[-1][target.layer, :, : target.units] = 0.0
-    if not positions:
-        return found
     names = [target.name for target in cells.targets]
     axes = {"T", *(target.axis for target in cells.targets if target.axis)}
-    result = attribution_patching(
-        model, question.source, question.base, lambda logits: measure(logits[:, reads], pairs)[0].mean(), names,
-        axes=sorted(axes), positions=positions,
-    )  # fmt: skip
     columns = [i for i, (p,) in enumerate(cells.positions) if p < question.length]
-    order = [positions.index(cells.positions[i][0]) for i in columns]
-    for n, of_node in enumerate(cells.nodes):
-        for target in of_node:
-            found[n][target.layer, columns, : target.units] = _by_unit(result.estimates[target.name], target)[order]
-    return found
+    if columns:
+        result = attribution_patching(
+            model, question.source, question.base, lambda logits: measure(logits[:, reads], pairs)[0].mean(), names,
+            axes=sorted(axes), positions=positions,
+        )  # fmt: skip
+        order = [positions.index(cells.positions[i][0]) for i in columns]
+        for n, of_node in enumerate(cells.nodes):
+            for target in of_node:
+                found[n][target.layer, columns, : target.units] = _by_unit(result.estimates[target.name], target)[order]
+    by_name = {of_node[0].node.name: values for of_node, values in zip(cells.nodes, found, strict=True)}
+    return {
+        name: values if of_node[0].axis else values[..., 0]
+        for (name, values), of_node in zip(by_name.items(), cells.nodes, strict=True)
+    }
 
 
 def _by_unit(estimate, target: Target) -> np.ndarray:

@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-import xarray as xr
 
 from jambascope.errors import InputError
-from jambascope.hooks.sweep.batches import measured, starts_of
+from jambascope.hooks.intervals import at_least
+from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.engine import Engine
 from jambascope.hooks.sweep.metrics import Metric
-from jambascope.hooks.sweep.nodes import Node, Target, needed, read_again, targets
+from jambascope.hooks.sweep.nodes import Node, Target, needed, read_again, targets_of
 from jambascope.hooks.sweep.patches import Row
-from jambascope.hooks.sweep.progress import Progress, watched
-from jambascope.hooks.sweep.question import Direction, Measure, Question, position
+from jambascope.hooks.sweep.progress import Progress
+from jambascope.hooks.sweep.question import Direction, Measure, Question, layers_of, listed, position
 from jambascope.hooks.sweep.recorded import Base, record
-from jambascope.hooks.sweep.result import PatchSweep, SweepError
+from jambascope.hooks.sweep.result import PatchSweep
+from jambascope.hooks.sweep.running import Running
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba, Input
@@ -65,9 +65,10 @@ def patch_sweep(
         InputError: prompts of different lengths, positions or tokens that do not exist, a metric that is not finite,
             hooks already attached, or ``max_bytes`` too small for one layer.
     """
+    at_least("max_bytes", max_bytes)
     question = Question.of(model, clean, corrupted, metric, direction)
     cells = Cells(model, nodes, layers, positions, question.prompt_length)
-    return swept(question, cells, progress, max_bytes)
+    return Sweep(question, cells, max_bytes).until_done(progress)
 
 
 class Cells:
@@ -76,7 +77,7 @@ class Cells:
     def __init__(
         self,
         model: HookedJamba,
-        nodes: str | Node | Sequence[str | Node],
+        nodes: str | Node | Sequence[str | Node] | None,
         layers: Iterable[int] | None,
         positions: Iterable[int | tuple[int, ...]] | str | None,
         length: int,
@@ -85,61 +86,45 @@ class Cells:
         Raises:
             HookError, InputError: what does not exist.
         """
-        given = [nodes] if isinstance(nodes, (str, Node)) else list(nodes)
-        if not given:
-            raise InputError("nodes=[] patches nothing; give at least one")
-        layers = None if layers is None else tuple(layers)
-        self.nodes: list[list[Target]] = [targets(model, node, layers) for node in given]
-        names = [of_node[0].node.name for of_node in self.nodes]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise InputError(f"nodes: {twice!r} is given twice")
+        self.nodes = targets_of(model, "nodes", nodes, layers_of(model, layers))
         self.positions = _positions(positions, length)
         self.targets = [target for of_node in self.nodes for target in of_node]
 
-    def rows(self, pairs: int) -> Iterator[Row]:
-        """Every cell of every pair; its place is (node, pair, layer, index of the positions, unit)."""
+    def rows(self, same_up_to: Sequence[int]) -> Iterator[Row]:
+        """Every cell of every pair; its place is (node, pair, layer, index of the positions, unit if it has one).
+
+        Where a pair is the same there is nothing to patch: rows begin at its first difference.
+        """
         index = 0
-        for n, of_node in enumerate(self.nodes):
+        for of_node in self.nodes:
             for target in of_node:
-                for pair in range(pairs):
+                for pair, first in enumerate(same_up_to):
                     for i, positions in enumerate(self.positions):
+                        positions = tuple(p for p in positions if p >= first) or positions
                         for unit in range(target.units):
-                            yield Row(pair, pair, index, positions, unit, (n, pair, target.layer, i, unit))
+                            place = (target.node.name, pair, target.layer, i, unit)
+                            yield Row(pair, pair, index, positions, unit, place if target.axis else place[:-1])
                 index += 1
 
 
-def swept(
-    question: Question,
-    cells: Cells,
-    progress: bool | Progress,
-    max_bytes: int,
-    wanted: Callable[[Row], bool] = lambda row: True,
-) -> PatchSweep:
-    """The cells that are wanted, NaN elsewhere."""
-    sweep = _Sweep(question, cells, wanted)
-    with watched(progress) as show:
-        try:
-            for part in sweep.parts(max_bytes):
-                for _ in sweep.run(part, max_bytes):
-                    if show(sweep.done / max(sweep.work, 1), sweep.result) is False:
-                        return sweep.result()
-        except KeyboardInterrupt:
-            return sweep.result()
-    return sweep.result(complete=True)
+class Sweep(Running):
+    """The rows of a question that are wanted."""
 
+    made = PatchSweep
 
-class _Sweep:
-    """The rows of a question, and what is known of them."""
-
-    def __init__(self, question: Question, cells: Cells, wanted: Callable[[Row], bool]) -> None:
-        self.question, self.cells, self.model = question, cells, question.model
-        shape = len(question.metrics), question.pairs, self.model.config.n_layers, len(cells.positions)
-        self.values = [np.full((*shape, max(t.units for t in of_node)), np.nan) for of_node in cells.nodes]
-        self.runs: dict[str, np.ndarray] = {}
-        """Run -> its metrics, [metric pair]."""
+    def __init__(
+        self, question: Question, cells: Cells, max_bytes: int, wanted: Callable[[Row], bool] = lambda row: True
+    ) -> None:
+        super().__init__(question)
+        self.cells, self.max_bytes = cells, max_bytes
+        labels = [_label(positions) for positions in cells.positions]
+        for of_node in cells.nodes:
+            coords = {"layer": list(range(self.model.config.n_layers)), "position": labels}
+            if of_node[0].axis:
+                coords[of_node[0].unit_name] = list(range(max(target.units for target in of_node)))
+            self.add(of_node[0].node.name, coords)
         self._same_up_to = question.same_up_to
-        self.rows = [row for row in cells.rows(question.pairs) if wanted(row)]
-        self.done, self.work = 0, sum(self._cost(row) for row in self.rows if self._moves(row))
+        self.rows = [row for row in cells.rows(self._same_up_to) if wanted(row)]
 
     def _moves(self, row: Row) -> bool:
         """Whether a patch can change anything that is read."""
@@ -150,20 +135,20 @@ class _Sweep:
         layers = self.model.config.n_layers - self.cells.targets[row.target].layer
         return (self.question.length - row.positions[0]) * layers
 
-    def parts(self, max_bytes: int) -> Iterator[list[Row]]:
+    def _parts(self, moving: list[Row]) -> Iterator[list[Row]]:
         """The rows in as many goes as the memory asks for: layers that are recorded together."""
-        moving = [row for row in self.rows if self._moves(row)]
-        sizes = [self._bytes(target) for target in self.cells.targets]
-        if moving and max(sizes) > max_bytes // 2:
-            worst = self.cells.targets[max(range(len(sizes)), key=sizes.__getitem__)]
+        used = {row.target for row in moving}
+        sizes = {i: self._bytes(self.cells.targets[i]) for i in used}
+        if moving and max(sizes.values()) > self.max_bytes // 2:
+            worst = max(sizes, key=sizes.__getitem__)
             raise InputError(
-                f"max_bytes={max_bytes}: the values of {worst.name} alone are {max(sizes)} bytes, and half as many may "
-                "be; give fewer positions or pairs at a time, or more bytes"
+                f"max_bytes={self.max_bytes}: the values of {self.cells.targets[worst].name} alone are {sizes[worst]} "
+                "bytes, and half as many may be; give fewer positions or pairs at a time, or more bytes"
             )
         group, total = set(), 0
         groups = [group]
-        for i in sorted(range(len(sizes)), key=lambda i: self.cells.targets[i].layer):
-            if total + sizes[i] > max_bytes // 2:
+        for i in sorted(used, key=lambda i: self.cells.targets[i].layer):
+            if total + sizes[i] > self.max_bytes // 2:
                 group, total = set(), 0
                 groups.append(group)
             group.add(i)
@@ -178,22 +163,22 @@ class _Sweep:
         size = sum(row.nbytes(self.model.config, self.question.pairs, 1, self.model.dtype) for row in rows)
         return n * size * (2 if target.read_again else 1)
 
-    def run(self, rows: list[Row], max_bytes: int) -> Iterator[None]:
-        """Measure rows, batch by batch."""
-        question = self.question
-        starts = starts_of(self.model, rows, question.length, question.pairs, max_bytes // 2)
-        engine, source_logits = self._recorded(rows, starts)
-        measure = Measure(question, engine.base.logits, source_logits)
-        if not self.runs:
-            self.runs = measure.runs()
-            base = self.runs["corrupted" if question.direction == "denoise" else "clean"]
-            still = [row for row in self.rows if not self._moves(row)]  # their metrics are those of the base
-            self._fill(still, base[:, [row.pair for row in still]])
-            yield
-        for batch, found in measured(engine, measure, rows):
-            self._fill(batch, found)
-            self.done += sum(map(self._cost, batch))
-            yield
+    def run(self) -> Iterator[float]:
+        """Measure the rows that move anything; the others have the metrics of the base."""
+        question, moving = self.question, [row for row in self.rows if self._moves(row)]
+        done, work = 0, sum(map(self._cost, moving))
+        for first, part in enumerate(self._parts(moving)):
+            starts = starts_of(self.model, part, question.length, question.pairs, self.max_bytes // 2)
+            engine, source_logits = self._recorded(part, starts)
+            measure = Measure(question, engine.base.logits, source_logits)
+            if first == 0:
+                self.runs = measure.runs()
+                still = [row for row in self.rows if not self._moves(row)]
+                self.write(still, self.base[:, [row.pair for row in still]])
+                yield 0.0 if moving else 1.0
+            for batch in self.measure(engine, measure, part):
+                done += sum(map(self._cost, batch))
+                yield done / work
 
     def _recorded(self, rows: list[Row], starts: list[int]) -> tuple[Engine, torch.Tensor]:
         """Both runs, with what the rows need of them."""
@@ -211,36 +196,6 @@ class _Sweep:
         base = Base.record(self.model, question.base, starts, range(lowest, config.n_layers), _sorted(of_base))
         return Engine(self.model, self.cells.targets, base, source, question.all_reads), source_logits
 
-    def _fill(self, rows: list[Row], found: np.ndarray) -> None:
-        for i, row in enumerate(rows):
-            node, *place = row.place
-            self.values[node][(slice(None), *place)] = found[:, i]
-        if not np.isfinite(found).all():
-            m, i = np.argwhere(~np.isfinite(found))[0]
-            name, target = self.question.metrics[m].name, self.cells.targets[rows[i].target]
-            where = f"{target.name} at {rows[i].positions}" + (f", {target.axis} {rows[i].unit}" if target.axis else "")
-            raise SweepError(f"{name} is {found[m, i]} where {where} of pair {rows[i].pair} is patched", self.result())
-
-    def result(self, complete: bool = False) -> PatchSweep:
-        """What is known so far."""
-        names, pairs = [m.name for m in self.question.metrics], list(range(self.question.pairs))
-        labels = [_label(positions) for positions in self.cells.positions]
-        arrays = {}
-        for of_node, values in zip(self.cells.nodes, self.values, strict=True):
-            coords = {"metric": names, "pair": pairs, "layer": list(range(values.shape[2])), "position": labels}
-            if of_node[0].axis is None:
-                values = values[..., 0]
-            else:
-                coords[UNITS.get(of_node[0].axis, "channels")] = list(range(values.shape[4]))
-            arrays[of_node[0].node.name] = xr.DataArray(values, coords, list(coords))
-        coords = {"metric": names, "pair": pairs}
-        runs = (xr.DataArray(self.runs[name], coords, list(coords)) for name in ("clean", "corrupted"))
-        return PatchSweep(arrays, *runs, self.question.direction, complete)
-
-
-UNITS = {"H": "head", "K": "key_value_head", "H2": "head", "X": "expert", "expert": "expert"}
-"""Axis -> what its cells are called."""
-
 
 def _sorted(wanted: dict[str, set[int]]) -> dict[str, list[int]]:
     return {name: sorted(positions) for name, positions in wanted.items()}
@@ -257,16 +212,16 @@ def _positions(given: Iterable[int | tuple[int, ...]] | str | None, length: int)
     """The cells' positions, each ascending."""
     if given is None:
         return [(p,) for p in range(length)]
-    if given == "all":
+    if isinstance(given, str) and given == "all":
         return [tuple(range(length))]
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"positions={given!r} must be a list of positions, 'all' or None")
-    cells = []
-    for p in given:
+    cells: dict[tuple[int, ...], None] = {}
+    for p in listed(given):
         cell = tuple(sorted(position(q, length, "positions") for q in (p if isinstance(p, (tuple, list)) else (p,))))
         if not cell or len(set(cell)) < len(cell) or cell in cells:
             raise InputError(f"positions: {p!r} names nothing, or something twice")
-        cells.append(cell)
+        cells[cell] = None
     if not cells:
         raise InputError("positions=[] patches nothing; leave it out for every position")
-    return cells
+    return list(cells)

@@ -19,6 +19,7 @@ from jambascope.hooks.sweep import (
     batches,
     interventions,
     kl_divergence,
+    label_mass,
     logit_difference,
     patch_sweep,
     targets,
@@ -117,6 +118,35 @@ def test_positions_patched_together(node, together, model_of_kind):
     assert values.position.values.tolist() == (["0..5"] if given == "all" else ["(1, 3)", "2", "4..5"])
 
 
+@pytest.mark.parametrize(
+    "node", ["resid_pre", "mlp_out", "z", "mixer_out", "expert_out", Node("ssm_state", window=1, conv=True)], ids=str
+)
+def test_cells_that_reach_beyond_the_last_reading(node, model_of_kind):
+    model, together = model_of_kind("hybrid"), [(1, 5), (2, 3, 4), (4, 5), (0, 1, 2, 3, 4, 5)]
+    early = logit_difference(5, [6, 7], position=3)
+    found = patch_sweep(model, *pairs(), early, node, positions=together, progress=False)
+    (values,) = found.values.values()
+    expected = naive(
+        model,
+        node,
+        together,
+        metric=lambda logits: logits[:, 3, 5] - torch.stack((logits[0, 3, 6], logits[1, 3, 7])),
+    )
+    close(values.values[0].reshape(expected.shape), expected)
+
+
+def test_numbers_of_any_kind_are_taken(model_of_kind):
+    model, metric = model_of_kind("hybrid"), logit_difference(torch.tensor([5, 5]), np.int64(6))
+    expected = patch_sweep(model, *pairs(), logit_difference(5, 6), layers=[0, 2], positions=[4, 1], progress=False)
+    for positions, layers in ((np.array([4, 1]), np.array([2, 0])), (torch.tensor([4, 1]), (2, 0, 0))):
+        found = patch_sweep(model, *pairs(), metric, layers=layers, positions=positions, progress=False)
+        assert found.values["resid_pre"].equals(expected.values["resid_pre"])
+    with_parameters = patch_sweep(
+        model, *pairs(), lambda logits: logits[:, 0] @ model.W_U[0], layers=[0], positions=[4], progress=False
+    )
+    assert with_parameters.complete
+
+
 @pytest.mark.parametrize("kind", ["attention", "no-attention", "no-moe"])
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_other_models_and_other_batches(kind, width, model_of_kind, monkeypatch):
@@ -138,6 +168,9 @@ def test_models_with_one_thing_changed(fields):
     initialize(model, std=0.3)
     for node in ("resid_pre", "k", "ssm_state"):
         close(swept(model, node, range(LENGTH)), naive(model, node, [(p,) for p in range(LENGTH)]))
+    if model.config.d_conv == 1:
+        with pytest.raises(HookError, match="d_conv=1 a convolution remembers no inputs"):
+            swept(model, Node("ssm_state", conv=True), [0])
 
 
 def test_in_float32_it_is_as_near_as_the_loop(small_model):
@@ -244,7 +277,7 @@ def test_a_metric_that_fails_at_a_cell_keeps_what_is_done(model_of_kind, monkeyp
         calls.append(len(logits))
         return logits[:, 0, 5] * (float("nan") if len(calls) == 6 else 1.0)
 
-    with pytest.raises(SweepError, match=r"odd is nan where blocks.*hook_resid_pre at \(\d,\) of pair") as error:
+    with pytest.raises(SweepError, match=r"odd is nan at resid_pre, pair 0, layer \d, position \d") as error:
         patch_sweep(model, *pairs(), odd, progress=False)
     assert error.value.result.values["resid_pre"].notnull().any()
 
@@ -261,12 +294,25 @@ REFUSED = {
     "no heads": (dict(nodes=Node("resid_pre", by="head")), "has no heads"),
     "no layer": (dict(nodes="logits"), "belongs to no layer"),
     "twice": (dict(nodes=["z", "z"]), "'z' is given twice"),
-    "no node": (dict(nodes=[]), "patches nothing"),
+    "experts' channels": (dict(nodes=Node("expert_out", channels=2)), "has no channels to group"),
+    "no layers": (dict(layers=[]), "holds nothing; leave it out"),
+    "one layer": (dict(layers=1), "must be a list of layers"),
+    "layer from the end": (dict(layers=[-1]), "this model has layers 0..3, not -1"),
+    "bytes": (dict(max_bytes=0), "max_bytes=0 must be"),
+    "labels": (dict(metric=label_mass("5")), "labels='5': give a list of different labels"),
+    "labels twice": (dict(metric=label_mass([5, 5])), "a list of different labels"),
+    "true": (dict(positions=[True]), "True is not in a prompt"),
+    "readings": (
+        dict(metric=Metric("odd", lambda logits, at: logits[:, 0, 0], positions=())),
+        "odd: positions=.. must",
+    ),
+    "no node": (dict(nodes=[]), "nodes=.. holds nothing"),
     "position": (dict(positions=[6]), "6 is not in a prompt of 6 tokens"),
     "positions": (dict(positions=[(1, 1)]), "names nothing, or something twice"),
     "token": (dict(metric=logit_difference(5, 99)), "wrong=99: 99 is no token; ids run from 0 to 28"),
     "tokens": (dict(metric=logit_difference([5, 6], 7)), "one for each of the 1 prompt pairs"),
     "metric": (dict(metric=3), "must be a Metric, a function of logits"),
+    "two arguments": (dict(metric=lambda logits, at: logits[:, 0, 0]), "must take the logits alone"),
     "names": (dict(metric=[DIFFERENCE, DIFFERENCE]), "two are called 'logit_difference'"),
     "nan": (dict(metric=lambda logits: logits[:, 0, 0] * float("nan")), "is nan in the clean run of pair 0"),
     "shape": (dict(metric=lambda logits: logits[0, 0, 0]), r"gave \(\) for 1 rows"),

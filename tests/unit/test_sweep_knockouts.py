@@ -62,6 +62,11 @@ def test_queries_after_the_last_reading_change_nothing(model_of_kind):
         assert (changes.sel(edge="4 <- 0").fillna(0) == 0).all() and (abs(changes.sel(edge="1 <- 0")) > 0).any()
 
 
+def test_when_nothing_reads_after_the_queries_nothing_runs(model_of_kind):
+    found = knock_out_sweep(model_of_kind("hybrid"), TOKENS[0], logit_difference(5, 6, 0), [(3, 1)], progress=False)
+    assert found.complete and (found.changes()["mamba"].sel(layer=[0, 2, 3]) == 0).all()
+
+
 def test_stopped_it_keeps_what_is_done(model_of_kind):
     found = knock_out_sweep(
         model_of_kind("hybrid"), TOKENS[0], DIFFERENCE, EDGES, progress=lambda share, _: share < 0.3

@@ -116,6 +116,12 @@ def test_all_that_is_sent_to_the_logits_is_the_whole_effect_of_the_last_layer(mo
     assert last.table()["effect"].notna().all()
 
 
+def test_pairs_that_do_not_differ_have_no_effect(model_of_kind):
+    found = path_patch(model_of_kind("hybrid"), CLEAN, CLEAN, DIFFERENCE, progress=False)
+    changes = found.changes()["paths"]
+    assert changes.sel(receiver="L1 q 0").notnull().any() and (abs(changes.fillna(0)) < 1e-12).all()
+
+
 def test_stopped_it_keeps_what_is_done(model_of_kind):
     found = path_patch(model_of_kind("hybrid"), CLEAN, CORRUPTED, DIFFERENCE, progress=lambda share, _: share < 0.5)
     done = found.values["paths"].notnull()
@@ -127,10 +133,13 @@ def test_stopped_it_keeps_what_is_done(model_of_kind):
     [
         (dict(senders="q"), "q does not write to the stream"),
         (dict(receivers="z"), "'z' must be one of q, k, v"),
+        (dict(receivers=["q", "q"]), "'q' is given twice"),
+        (dict(receivers=["q"], receiver_layers=[0]), r"no q among layers \[0\]"),
+        (dict(receiver_layers=[9]), "this model has layers 0..3, not 9"),
         (dict(through="mlps"), "through='mlps' must be"),
         (dict(corrupted=CORRUPTED[:1]), "clean has 2 x 5 tokens and corrupted 1 x 5"),
     ],
-    ids=["sender", "receiver", "through", "prompts"],
+    ids=["sender", "receiver", "twice", "none", "layer", "through", "prompts"],
 )
 def test_what_cannot_be_is_refused(change, message, model_of_kind):
     given = dict(clean=CLEAN, corrupted=CORRUPTED, metric=DIFFERENCE, progress=False) | change

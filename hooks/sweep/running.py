@@ -1,0 +1,93 @@
+"""A sweep under way: its batches measured and written down, and what is known so far at any moment."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from jambascope.hooks.sweep.batches import measured
+from jambascope.hooks.sweep.engine import Engine
+from jambascope.hooks.sweep.patches import Row
+from jambascope.hooks.sweep.progress import Progress, watched
+from jambascope.hooks.sweep.question import Measure, Question
+from jambascope.hooks.sweep.result import Effects, SweepError
+
+
+class Running(ABC):
+    """What a sweep knows, and how it goes on."""
+
+    made: type[Effects] = Effects
+
+    def __init__(self, question: Question) -> None:
+        self.question, self.model = question, question.model
+        self.axes = {"metric": [m.name for m in question.metrics], "pair": list(range(question.pairs))}
+        self.runs = {name: self._nothing(self.axes) for name in ("clean", "corrupted")}
+        """Run -> its metrics, [metric pair]."""
+        self.coords: dict[str, dict[str, list]] = {}
+        """Name -> axes of its cells, in order."""
+        self.values: dict[str, np.ndarray] = {}
+        """Name -> the metrics, [metric pair ...]; NaN where nothing is known."""
+
+    def add(self, name: str, coords: dict[str, list]) -> None:
+        """Make room for the cells of a name."""
+        self.coords[name] = coords
+        self.values[name] = self._nothing(self.axes | coords)
+
+    @staticmethod
+    def _nothing(axes: dict[str, list]) -> np.ndarray:
+        return np.full([len(labels) for labels in axes.values()], np.nan)
+
+    @property
+    def base(self) -> np.ndarray:
+        """The metrics of the runs that are patched into, [metric pair]."""
+        return self.runs["corrupted" if self.question.direction == "denoise" else "clean"]
+
+    @abstractmethod
+    def run(self) -> Iterator[float]:
+        """Measure; after each batch the share that is done."""
+
+    def until_done(self, progress: bool | Progress) -> Any:
+        """The result, of what is done where Ctrl-C or ``progress`` ended it early."""
+        with watched(progress) as show:
+            try:
+                for share in self.run():
+                    if show(share, self.result) is False:
+                        return self.result()
+            except KeyboardInterrupt:
+                return self.result()
+        return self.result(complete=True)
+
+    def measure(self, engine: Engine, measure: Measure, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """Measure rows and write them down; each batch when that is done.
+
+        Raises:
+            SweepError: a metric that is not finite.
+        """
+        for batch, found in measured(engine, measure, rows):
+            self.write(batch, found)
+            yield batch
+
+    def write(self, rows: Sequence[Row], found: np.ndarray) -> None:
+        """Keep the metrics of rows, [metric row]."""
+        for i, row in enumerate(rows):
+            name, *place = row.place
+            self.values[name][(slice(None), *place)] = found[:, i]
+        if not np.isfinite(found).all():
+            m, i = np.argwhere(~np.isfinite(found))[0]
+            name, *place = rows[i].place
+            axes = {"pair": self.axes["pair"]} | self.coords[name]
+            where = ", ".join(f"{axis} {labels[at]}" for (axis, labels), at in zip(axes.items(), place, strict=True))
+            raise SweepError(f"{self.axes['metric'][m]} is {found[m, i]} at {name}, {where}", self.result())
+
+    def result(self, complete: bool = False) -> Effects:
+        """What is known so far."""
+        arrays = {
+            name: xr.DataArray(values.copy(), self.axes | self.coords[name], list(self.axes | self.coords[name]))
+            for name, values in self.values.items()
+        }
+        ends = (xr.DataArray(self.runs[name], self.axes, list(self.axes)) for name in ("clean", "corrupted"))
+        return self.made(arrays, *ends, self.question.direction, complete)
