@@ -158,7 +158,7 @@ def sizes(
 
 
 def compared_windows(spec: StabilitySpec) -> tuple[str, str]:
-    """A wider window has larger magnitudes by its width alone, which RMS does not: growth is told by RMS. The window that ends with the trained length, and the last."""
+    """The window that ends with the trained length, and the last."""
     names = names_of(spec)
     return next(name for name in names if name.endswith(f"-{spec.trained}")), names[-1]
 
@@ -237,9 +237,10 @@ study = Study(
     "Learning-rate stress: small models (four layers of width 32) are trained here with inner norms (on dt, B and C) "
     "and without, from equal seeds on equal batches, at rates up to far beyond what is used. A training diverged when "
     "a loss was not finite, or at the end no lower than that of an even guess.",
-    controls="The window that ends with the trained length is what growth is measured against. Random weights: the "
-    "same of a model of this shape that has learned nothing. Dips: steps as far below the median, which noise gives "
-    "as often as spikes. The lowest rate of the stress is an ordinary one, at which nothing should happen.",
+    controls="A wider window has larger magnitudes by its width alone, which RMS does not: growth is told by RMS. The "
+    "window that ends with the trained length is what growth is measured against. Random weights: the same of a model "
+    "of this shape that has learned nothing. Dips: steps as far below the median, which noise gives as often as "
+    "spikes. The lowest rate of the stress is an ordinary one, at which nothing should happen.",
     measure=measure,
     headline=(
         *(GROWTH + q for q in POINTS),
