@@ -65,7 +65,7 @@ class Engine:
         if len(here) == len(self.reads):
             return logits
         pairs = index_tensor([row.pair for row in rows], logits.device)
-        earlier = self.base.logits[:, list(self.reads[: -len(here)])].index_select(0, pairs)
+        earlier = self.base.logits[:, : -len(here)].index_select(0, pairs)
         return torch.cat((earlier, logits), dim=1)
 
     def order(self, row: Row) -> tuple:

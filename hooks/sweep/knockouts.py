@@ -122,9 +122,10 @@ class _KnockOuts(Running):
     def run(self) -> Iterator[float]:
         """Measure layer by layer; the share that is done."""
         question, config = self.question, self.model.config
+        layers = range(self.layers[0], config.n_layers)
         rows = [Row(0, 0, 0, (query,), 0, ()) for query in self.queries]
         starts = starts_of(self.model, rows, question.length, question.pairs, self.max_bytes)
-        base = Base.record(self.model, question.base, starts, range(self.layers[0], config.n_layers), {})
+        base = Base.record(self.model, question.base, question.all_reads, starts, layers, {})
         measure = Measure(question, base.logits, base.logits)
         self.runs = measure.runs()
         unread = [i for i, (query, _) in enumerate(self.edges) if query >= question.length]

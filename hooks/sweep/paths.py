@@ -161,13 +161,12 @@ class _Paths(Running):
         """Measure receiver by receiver, in the order in which they read; the share that is done."""
         question, config = self.question, self.model.config
         wanted = {name: range(question.length) for s in self.senders for name in needed(s.target)}
-        source, source_logits = record(self.model, question.source, wanted)
+        source, source_logits = record(self.model, question.source, wanted, question.all_reads)
         rows = [Row(0, 0, 0, (min(*question.same_up_to, question.length - 1),), 0, ())]
         starts = starts_of(self.model, rows, question.length, question.pairs, self.max_bytes)
         lowest = min(s.target.layer for s in self.senders)
-        base = Base.record(
-            self.model, question.base, starts, range(lowest, config.n_layers), wanted | self._written(lowest)
-        )
+        layers, further = range(lowest, config.n_layers), wanted | self._written(lowest)
+        base = Base.record(self.model, question.base, question.all_reads, starts, layers, further)
         measure = Measure(question, base.logits, source_logits)
         self.runs = measure.runs()
         done, work = (

@@ -95,16 +95,17 @@ class Measure:
     def __init__(
         self,
         question: Question,
-        base_logits: Float[torch.Tensor, "pair pos vocab"],
-        source_logits: Float[torch.Tensor, "pair pos vocab"],
+        base_logits: Float[torch.Tensor, "pair read vocab"],
+        source_logits: Float[torch.Tensor, "pair read vocab"],
     ) -> None:
-        """
+        """Logits are those of the positions that the metrics read, in order.
+
         Raises:
             InputError: tokens that do not exist.
         """
         reads = list(question.all_reads)
         runs = (source_logits, base_logits) if question.direction == "denoise" else (base_logits, source_logits)
-        self.question, self.clean, self.corrupted = question, *(logits[:, reads] for logits in runs)
+        self.question, (self.clean, self.corrupted) = question, runs
         self._ids = {m.name: token_ids(question.model, m, question.pairs) for m in question.metrics}
         self._places = {m.name: [reads.index(p) for p in question.reads[m.name]] for m in question.metrics}
 

@@ -49,18 +49,27 @@ def record(
     model: HookedJamba,
     tokens: Int[torch.Tensor, "prompt pos"],
     wanted: Mapping[str, Sequence[int]],
+    reads: Sequence[int] = (),
     state: InferenceState | None = None,
-) -> tuple[Recording, Float[torch.Tensor, "prompt pos vocab"]]:
-    """One run; what it computed at chosen positions of hook points, and its logits."""
+) -> tuple[Recording, Float[torch.Tensor, "prompt read vocab"]]:
+    """One run; what it computed at chosen positions of hook points, and its logits at ``reads`` alone."""
     kept: dict[str, torch.Tensor] = {}
+    last = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    if reads:
+        wanted = {**wanted, last: sorted({*wanted.get(last, ()), *reads})}
 
     def keep(value: torch.Tensor, hook: HookPoint) -> None:
         kept[hook.name] = value.clone()
 
     hooks: list[tuple[str, Callable]] = [(name, At(positions, keep)) for name, positions in wanted.items()]
     with model.hooks(hooks):
-        logits = model(tokens, state=state)
-    return Recording(kept, dict(wanted)), logits
+        model(tokens, state=state, return_type=None)
+    recording = Recording(kept, dict(wanted))
+    if not reads:
+        return recording, model.embed.weight.new_empty(len(tokens), 0, model.config.d_vocab)
+    stream = kept[last].index_select(1, index_tensor(recording.places(last, reads), model.device))
+    with model._lock:
+        return recording, model.unembed(model.ln_final(stream))
 
 
 @dataclass
@@ -72,7 +81,8 @@ class Base:
     """
 
     recording: Recording
-    logits: Float[torch.Tensor, "prompt pos vocab"]
+    logits: Float[torch.Tensor, "prompt read vocab"]
+    """At the positions that metrics read."""
     length: int
     starts: tuple[int, ...]
     """Positions from which rows may start."""
@@ -84,6 +94,7 @@ class Base:
         cls,
         model: HookedJamba,
         tokens: Int[torch.Tensor, "prompt pos"],
+        reads: Sequence[int],
         starts: Iterable[int],
         layers: range,
         further: Mapping[str, Sequence[int]],
@@ -91,6 +102,7 @@ class Base:
         """One run.
 
         Args:
+            reads: positions that metrics read.
             starts: ascending.
             layers: rows pass through these, and no others.
             further: other hook points to keep, and their positions.
@@ -107,7 +119,7 @@ class Base:
         for name, positions in further.items():
             wanted[name] = everywhere if wanted.get(name) == everywhere else sorted({*positions, *wanted.get(name, ())})
         state = model.new_state(len(tokens))
-        recording, logits = record(model, tokens, wanted, state)
+        recording, logits = record(model, tokens, wanted, reads, state)
         keys = {i: layer for i, layer in enumerate(state.layers) if isinstance(layer, KeyValueState)}
         return cls(recording, logits, length, starts, keys)
 

@@ -116,7 +116,7 @@ def _estimates(question: Question, cells: Cells) -> dict[str, np.ndarray]:
     last reading."""
     model, reads = question.model, list(question.all_reads)
     pairs = torch.arange(question.pairs, device=model.device)
-    runs = (model(tokens).detach() for tokens in (question.base, question.source))
+    runs = (model(tokens)[:, reads].detach() for tokens in (question.base, question.source))
     measure = Measure(question, *runs)
     positions = sorted(p for (p,) in cells.positions if p < question.length)
     found = []

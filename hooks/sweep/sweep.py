@@ -191,10 +191,12 @@ class Sweep(Running):
                 of_source.setdefault(name, set()).update(row.positions)
             for name, positions in read_again(target, row.positions, question.length, config.d_conv).items():
                 of_base.setdefault(name, set()).update(positions)
-        source, source_logits = record(self.model, question.source, _sorted(of_source))
+        reads = question.all_reads
+        source, source_logits = record(self.model, question.source, _sorted(of_source), reads)
         lowest = min((self.cells.targets[row.target].layer for row in rows), default=config.n_layers - 1)
-        base = Base.record(self.model, question.base, starts, range(lowest, config.n_layers), _sorted(of_base))
-        return Engine(self.model, self.cells.targets, base, source, question.all_reads), source_logits
+        layers = range(lowest, config.n_layers)
+        base = Base.record(self.model, question.base, reads, starts, layers, _sorted(of_base))
+        return Engine(self.model, self.cells.targets, base, source, reads), source_logits
 
 
 def _sorted(wanted: dict[str, set[int]]) -> dict[str, list[int]]:

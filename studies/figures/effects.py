@@ -88,14 +88,8 @@ class Mean(NamedTuple):
     n: int
 
 
-def means(
-    title: str, subtitle: str, points: Sequence[Mean], unit: str, guides: Sequence[tuple[float, str]] = ((0.0, ""),)
-) -> go.Figure:
-    """Means with 95 % intervals: a panel for each model, a line for each thing, a colour for each kind.
-
-    Args:
-        guides: values with names that get a vertical line.
-    """
+def means(title: str, subtitle: str, points: Sequence[Mean], unit: str) -> go.Figure:
+    """Means with 95 % intervals: a panel for each model, a line for each thing, a colour for each kind."""
     panels, rows, kinds = (list(dict.fromkeys(getattr(p, name) for p in points)) for name in ("panel", "row", "kind"))
     fig = make_subplots(1, len(panels), subplot_titles=panels, shared_yaxes=True, horizontal_spacing=0.04)
     for column, panel in enumerate(panels, 1):
@@ -118,9 +112,7 @@ def means(
                     "%{customdata[2]:.3f}], n = %{customdata[3]}<extra></extra>",
                 ), 1, column,
             )  # fmt: skip
-        for value, name in guides:
-            line = {"color": GUIDE, "width": 1, "dash": "dot" if name else "solid"}
-            fig.add_vline(x=value, line=line, annotation_text=name, row=1, col=column)
+        fig.add_vline(x=0, line={"color": GUIDE, "width": 1}, row=1, col=column)
         fig.update_xaxes(title={"text": unit}, gridcolor=GRID, zeroline=False, row=1, col=column)
     ticks = {"tickmode": "array", "tickvals": list(range(len(rows))), "ticktext": rows[::-1]}
     fig.update_yaxes(ticks | {"range": [-0.6, len(rows) - 0.4], "showgrid": False, "zeroline": False})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
+from plotly.subplots import make_subplots
 
 from jambascope.studies.figures.theme import (
     AMOUNT,
@@ -227,3 +228,36 @@ def _marks(count: int) -> list[str]:
 
 def _rows(layers: int) -> int:
     return 170 + max(110, min(26, 600 // layers) * layers)
+
+
+def domain_shares(
+    title: str, shares: dict[int, Float[np.ndarray, "domains X"]], domains: Sequence[str], chance: float
+) -> go.Figure:
+    """Which share of each domain's tokens chose each expert: a panel for each layer, domains down, experts across.
+
+    Args:
+        shares: MoE layer -> share; 1 when every token of the domain chose the expert.
+        chance: the share of an even choice, k / X.
+    """
+    layers = list(shares)
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    each = 60 + 22 * len(domains)
+    fig = make_subplots(
+        rows, columns, subplot_titles=[f"layer {layer}" for layer in layers], shared_yaxes=True,
+        horizontal_spacing=0.02, vertical_spacing=min(0.9 / max(1, rows - 1), 70 / (each * rows)) if rows > 1 else 0,
+    )  # fmt: skip
+    for i, layer in enumerate(layers):
+        heat = go.Heatmap(
+            z=100 * shares[layer], y=[label(name) for name in domains], coloraxis="coloraxis", xgap=1, ygap=1,
+            hovertemplate=f"layer {layer}, expert %{{x}}<br>%{{z:.0f}} % of the tokens of %{{y}}<extra></extra>",
+        )  # fmt: skip
+        fig.add_trace(heat, i // columns + 1, i % columns + 1)
+    subtitle = f"an even choice is {100 * chance:.3g} %; what all domains share says nothing of domains"
+    frame(fig, title, subtitle, height=130 + each * rows)
+    fig.update_layout(
+        coloraxis={"colorscale": SHARE, "cmin": 0, "colorbar": color_bar("share of the domain's tokens (%)")},
+        margin={"t": 105},
+    )
+    fig.update_xaxes(title={"text": "expert (index)", "standoff": 4}, showgrid=False, zeroline=False, row=rows)
+    return fig.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)

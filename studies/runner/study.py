@@ -51,6 +51,10 @@ NAMES = (
     "icl_format",
     "functional_segregation",
     "state_memory",
+    "router_load",
+    "stability",
+    "positional",
+    "emergence",
 )
 """The studies that ship, modules of ``jambascope.studies``."""
 
