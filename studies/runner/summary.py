@@ -70,6 +70,7 @@ def _estimate(values: Float[torch.Tensor, "training sample 1 1"], kind: str | No
 
 def number(mean: float, low: float, high: float, digits: int = 2) -> str:
     """A mean with its interval, which is left out where there is none."""
+    mean, low, high = (round(value, digits) + 0.0 for value in (mean, low, high))  # no "-0.00"
     ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) and math.isfinite(high) else ""
     return f"{mean:.{digits}f}{ends}"
 

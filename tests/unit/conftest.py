@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -143,14 +144,14 @@ def make_kind(kind: str) -> HookedJamba:
 
 @pytest.fixture(scope="session")
 def model_of_kind() -> Callable[[str], HookedJamba]:
-    """Kind -> a small float64 model with norm weights that are not 1."""
-    return make_kind
+    """Kind -> a small float64 model with norm weights that are not 1; one of the caller's own."""
+    return lambda kind: copy.deepcopy(make_kind(kind))
 
 
 @pytest.fixture(params=KINDS)
 def any_model(request) -> HookedJamba:
     """Each of those models in turn."""
-    return make_kind(request.param)
+    return copy.deepcopy(make_kind(request.param))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import pytest
@@ -182,7 +181,7 @@ def test_heads_and_neurons_by_a_loop(model_of_kind):
 
 @pytest.mark.parametrize("apply_ln", [False, True])
 def test_on_pure_attention_all_is_as_transformer_lens_has_it(apply_ln, model_of_kind):
-    model = copy.deepcopy(model_of_kind("attention"))
+    model = model_of_kind("attention")
     for name, parameter in model.named_parameters():
         if "ln" in name:
             parameter.data.fill_(1.0)  # TransformerLens takes the weights to be folded away

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 
 import pytest
@@ -113,12 +112,12 @@ def test_more_heads_than_can_be_compared_are_refused(built, k, message):
 
 
 def test_a_model_without_heads_or_text_is_refused_before_it_is_opened(model_of_kind, tmp_path):
-    copy.deepcopy(model_of_kind("no-attention")).float().save_pretrained(tmp_path / "mamba")
+    model_of_kind("no-attention").float().save_pretrained(tmp_path / "mamba")
     for name in ("induction_heads", "label_heads"):
         spec = make_spec(name, load(name).spec, {"models": str(tmp_path / "mamba")})
         with pytest.raises(ConfigError, match=f"{name} of .*: it has no attention layers"):
             running.run(name, spec, tmp_path / "runs")
-    copy.deepcopy(model_of_kind("attention")).float().save_pretrained(tmp_path / "attention")
+    model_of_kind("attention").float().save_pretrained(tmp_path / "attention")
     spec = make_spec("label_heads", label_heads.LabelSpec, {"models": str(tmp_path / "attention")})
     with pytest.raises(InputError, match="label_heads of .*: it has no tokenizer"):
         running.run("label_heads", spec, tmp_path / "runs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 
 import numpy as np
@@ -94,7 +93,7 @@ def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
 
 
 def test_a_model_of_another_language_is_refused(model_of_kind, tmp_path):
-    copy.deepcopy(model_of_kind("attention")).float().save_pretrained(tmp_path / "other")
+    model_of_kind("attention").float().save_pretrained(tmp_path / "other")
     spec = make_spec("functional_segregation", load("functional_segregation").spec, {"models": str(tmp_path / "other")})
     with pytest.raises(ConfigError, match="language of the packaged models"):
         running.run("functional_segregation", spec, tmp_path / "runs")

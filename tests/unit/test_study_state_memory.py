@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 
@@ -123,7 +122,7 @@ def test_random_words_are_probed_for_the_word_so_far_back(model_of_kind):
 
 def test_a_state_tells_the_last_words_and_shuffled_labels_do_not(model_of_kind):
     """Of a model that forgets at once by construction: a state holds what its convolution reads, and no more."""
-    model = copy.deepcopy(model_of_kind("no-attention")).float()
+    model = model_of_kind("no-attention").float()
     for block in model.blocks:
         block.mixer.A_log.data += 4
     probed = state_probes.random_words(model, 240, (1, 24), seed=0)
@@ -179,7 +178,7 @@ def test_in_jamba_micro_labels_go_through_attention_and_the_review_through_state
 
 def test_any_model_with_states_is_asked_what_needs_no_words(model_of_kind, tmp_path):
     """Without a tokenizer, and of random weights: nothing is remembered far, and it says so."""
-    copy.deepcopy(model_of_kind("hybrid")).float().save_pretrained(tmp_path / "model")
+    model_of_kind("hybrid").float().save_pretrained(tmp_path / "model")
     settings = {"models": str(tmp_path / "model"), "prompts": 60, "pairs": 4, "distances": "1,24", "length": 8}
     spec = make_spec("state_memory", state_memory.MemorySpec, settings)
     with pytest.raises(ConfigError, match=r"asked=episodes,labels,query: .*; or set asked=words,half-life,repetition"):
@@ -208,7 +207,7 @@ def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
 
 
 def test_a_model_without_states_is_refused(model_of_kind, tmp_path):
-    copy.deepcopy(model_of_kind("attention")).float().save_pretrained(tmp_path / "attention")
+    model_of_kind("attention").float().save_pretrained(tmp_path / "attention")
     spec = make_spec("state_memory", load("state_memory").spec, {"models": str(tmp_path / "attention")})
     with pytest.raises(ConfigError, match="no Mamba layers, so it has no states"):
         running.run("state_memory", spec, tmp_path / "runs")

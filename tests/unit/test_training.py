@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jambascope import training
+from jambascope import files
 from jambascope.config import JambaConfig
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.model import HookedJamba
@@ -258,7 +258,7 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     model = tiny()
     fit(model, SPEC, batch, tmp_path)
     before = (tmp_path / CHECKPOINT).read_bytes()
-    monkeypatch.setattr(training.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         fit(tiny(), SPEC, batch, tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
