@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
-from jambascope.studies.figures.heads import Effect, effects
+from jambascope.studies.figures.heads import Effect, effects, score_map
 from jambascope.studies.runner.summary import number, one, summarize
 
 FOUND, RANDOM, LESS, ALL = "found", "random", "found less random", "all"
@@ -109,6 +110,30 @@ def sentence(rows: pd.DataFrame, recipe: str, measure: str, k: int, unit: str = 
 
 def plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def maps(heads: pd.DataFrame, seed: int, k: int, what: str, unit: str = "score") -> list[go.Figure]:
+    """The heads of one seed, a map for each model, those framed that rank among the first ``k``.
+
+    Args:
+        heads: a line for each head: model, seed, rank, layer, head, mean, low, high, n, and ``also``, what hovering
+            tells beside the number.
+        what: what is shown, with ``{n}`` for the number of samples.
+    """
+    found = []
+    for model, own in heads[heads.seed == seed].groupby("model", sort=False):
+        texts = [
+            f"layer {row.layer}, head {row['head']}: {number(row['mean'], row.low, row.high)}, {row.also}"
+            for _, row in own.iterrows()
+        ]
+        grid = own.pivot(index="layer", columns="head", values="mean")
+        hover = own.assign(text=texts).pivot(index="layer", columns="head", values="text")
+        first = own[own["rank"] <= k]
+        subtitle = f"{what.format(n=own.n.iloc[0])} of seed {seed}; framed: found"
+        marked = list(zip(first.layer, first["head"], strict=True))
+        values = grid.to_numpy(dtype=np.float64)
+        found.append(score_map(model, subtitle, list(grid.index), values, hover.to_numpy(), marked, unit))
+    return found
 
 
 def figure(rows: pd.DataFrame, measure: str, unit: str, title: str) -> go.Figure:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -22,7 +21,6 @@ from jambascope.hooks.label_ablation import Head, random_head_sets
 from jambascope.losses import token_losses
 from jambascope.model import HookedJamba
 from jambascope.studies import head_ablation
-from jambascope.studies.figures.heads import score_map
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study
 from jambascope.studies.runner.summary import number, one, summarize
@@ -169,28 +167,13 @@ def _heads(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figures(spec: InductionSpec, rows: pd.DataFrame) -> list[go.Figure]:
     heads = _heads(rows)
-    maps = [_map(spec, model, own) for model, own in heads[heads.seed == spec.seeds[0]].groupby("model", sort=False)]
+    said = heads.assign(also=[f"in random order {value:.2f}" for value in heads["in random order"]])
+    maps = head_ablation.maps(said, spec.seeds[0], max(spec.k), "mean prefix matching on {n} held-out sequences")
     return [
         *maps,
         head_ablation.figure(rows, SECOND, "change of loss (nats per token)", "Loss on the repetition without heads"),
         head_ablation.figure(rows, FIRST, "change of loss (nats per token)", "Loss before the repetition (control)"),
     ]
-
-
-def _map(spec: InductionSpec, model: str, heads: pd.DataFrame) -> go.Figure:
-    grid = heads.pivot(index="layer", columns="head", values="mean")
-    texts = heads.apply(
-        lambda row: (
-            f"layer {row.layer}, head {row['head']}: {number(row['mean'], row.low, row.high)}, "
-            f"in random order {row['in random order']:.2f}"
-        ),
-        axis=1,
-    )
-    hover = heads.assign(text=texts).pivot(index="layer", columns="head", values="text")
-    found = heads[heads["rank"] <= max(spec.k)]
-    subtitle = f"mean prefix matching on {heads.n.iloc[0]} held-out sequences of seed {spec.seeds[0]}; framed: found"
-    marked = list(zip(found.layer, found["head"], strict=True))
-    return score_map(model, subtitle, list(grid.index), grid.to_numpy(dtype=np.float64), hover.to_numpy(), marked)
 
 
 def reading(spec: InductionSpec, rows: pd.DataFrame) -> str:

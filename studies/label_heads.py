@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -19,7 +18,6 @@ from jambascope.hooks.label_ablation import Head, ablate_heads, label_mass, mean
 from jambascope.hooks.labels import FewShotPrompt, LabelAttention, label_attention
 from jambascope.model import HookedJamba, initialize
 from jambascope.studies import head_ablation
-from jambascope.studies.figures.heads import score_map
 from jambascope.studies.prompts import check_tokenizer, few_shot_reviews
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study
@@ -199,30 +197,15 @@ def _passed(rows: pd.DataFrame) -> set[tuple[str, int, int, int]]:
 
 def figures(spec: LabelSpec, rows: pd.DataFrame) -> list[go.Figure]:
     heads = _heads(rows)
-    maps = [_map(spec, model, own) for model, own in heads[heads.seed == spec.seeds[0]].groupby("model", sort=False)]
+    said = heads.assign(also=[f"{value:.2f} times what matched tokens get" for value in heads.lift])
+    maps = head_ablation.maps(
+        said, spec.seeds[0], max(spec.k), "attention to labels, {n} held-out prompts", "attention"
+    )
     return [
         *maps,
         head_ablation.figure(rows, CHANGE_MASS, "change of label mass (probability)", "Label mass without heads"),
         head_ablation.figure(rows, CHANGE_HITS, "change of accuracy", "Accuracy among the labels without heads"),
     ]
-
-
-def _map(spec: LabelSpec, model: str, heads: pd.DataFrame) -> go.Figure:
-    grid = heads.pivot(index="layer", columns="head", values="mean")
-    texts = heads.apply(
-        lambda row: (
-            f"layer {row.layer}, head {row['head']}: {number(row['mean'], row.low, row.high)}, "
-            f"{row.lift:.2f} times what matched tokens get"
-        ),
-        axis=1,
-    )
-    hover = heads.assign(text=texts).pivot(index="layer", columns="head", values="text")
-    found = heads[heads["rank"] <= max(spec.k)]
-    subtitle = f"attention to labels, {heads.n.iloc[0]} held-out prompts of seed {spec.seeds[0]}; framed: found"
-    marked = list(zip(found.layer, found["head"], strict=True))
-    return score_map(
-        model, subtitle, list(grid.index), grid.to_numpy(dtype=np.float64), hover.to_numpy(), marked, "attention"
-    )
 
 
 def reading(spec: LabelSpec, rows: pd.DataFrame) -> str:

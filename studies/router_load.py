@@ -35,7 +35,7 @@ from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.routing import domain_shares, expert_loads
 from jambascope.studies.router_reading import balance_table, dependence_lines, parallel_lines, reading
 from jambascope.studies.runner.spec import Spec
-from jambascope.studies.runner.study import Cell, Found, Study, grid
+from jambascope.studies.runner.study import Cell, Found, Study, grid_and_once
 from jambascope.studies.runner.summary import summarize
 
 RETAINED, ENTROPY, MARGIN = "retained mass", "token entropy (nats)", "top-1 less top-2"
@@ -60,9 +60,7 @@ class RouterSpec(Spec):
 
 def cells(spec: RouterSpec) -> list[Cell]:
     """Every model and seed; and the trainings once, which need only the number of experts of the first model."""
-    found = [cell | {"part": "routes"} for cell in grid(spec)]
-    extra = {"model": spec.models[0], "seed": spec.seeds[0], "part": "balancing loss"}
-    return [*found, extra] if spec.trainings else found
+    return grid_and_once(spec, "routes", "balancing loss", wanted=spec.trainings > 0)
 
 
 def check(spec: RouterSpec, config: JambaConfig, directory: Path) -> None:

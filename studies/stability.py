@@ -23,7 +23,7 @@ from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.zoo import Point
 from jambascope.studies.runner.spec import Spec
-from jambascope.studies.runner.study import Cell, Found, Study, grid
+from jambascope.studies.runner.study import Cell, Found, Study, grid_and_once
 from jambascope.studies.runner.summary import number, summarize
 from jambascope.studies.stability_reading import BY, ENDS, GROWTH, MAX, POINTS, RMS, UNTRAINED, names_of, reading
 from jambascope.studies.training_stress import (
@@ -67,9 +67,7 @@ class StabilitySpec(Spec):
 
 def cells(spec: StabilitySpec) -> list[Cell]:
     """Every model and seed; and the trainings here, which no model says anything of, once."""
-    found = [cell | {"part": "activations"} for cell in grid(spec)]
-    extra = {"model": spec.models[0], "seed": spec.seeds[0], "part": "learning-rate stress"}
-    return [*found, extra] if spec.trainings else found
+    return grid_and_once(spec, "activations", "learning-rate stress", wanted=spec.trainings > 0)
 
 
 def check(spec: StabilitySpec, config: JambaConfig, directory: Path) -> None:

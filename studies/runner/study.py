@@ -77,6 +77,13 @@ def grid(spec: Spec, **axes: Sequence[Any]) -> list[Cell]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
+def grid_and_once(spec: Spec, part: str, once: str, wanted: bool) -> list[Cell]:
+    """A cell ``part`` for every model and seed; and, where wanted, one ``once``, which says nothing of any model."""
+    found = [cell | {"part": part} for cell in grid(spec)]
+    extra = {"model": spec.models[0], "seed": spec.seeds[0], "part": once}
+    return [*found, extra] if wanted else found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """Functions are pure: the same arguments give the same, whichever process asks."""
