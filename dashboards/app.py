@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import streamlit as st
 
-from jambascope.dashboards import session
-from jambascope.dashboards.pages import attention, overview, router, ssm_state
+from jambascope.dashboards import session, widgets
+from jambascope.dashboards.pages import attention, formats, induction, overview, patching, router, runs, ssm_state
 from jambascope.errors import JambascopeError
 
 # Text of figures takes the page's own colour, in either theme: Streamlit's grey for axes is too faint on white.
@@ -20,6 +20,18 @@ STYLE = """<style>
 [data-testid="stSidebarHeader"] {padding-bottom: 0; height: 2.5rem;}
 [data-testid="stMetricValue"] {font-size: 1.25rem;}
 </style>"""
+
+PAGES = (
+    (overview, "Overview", "account_tree", "overview", True),
+    (attention, "Attention", "grid_on", "attention", True),
+    (ssm_state, "SSM state", "memory", "ssm_state", True),
+    (router, "Router", "alt_route", "router", True),
+    (induction, "Induction", "repeat", "induction", True),
+    (formats, "Format following", "format_list_bulleted", "formats", False),
+    (patching, "Patching", "healing", "patching", True),
+    (runs, "Runs", "folder_open", "runs", False),
+)
+"""Module, title, icon, address, and whether the page is about the prompt in the sidebar."""
 
 
 def sidebar() -> tuple[str, str]:
@@ -51,6 +63,7 @@ def sidebar() -> tuple[str, str]:
         if model.tokenizer is None:
             highest = model.config.d_vocab - 1
             st.caption(f"This checkpoint has no tokenizer: a prompt is token ids from 0 to {highest}, such as 5 17 3.")
+        widgets.choose_image()
     return name, prompt
 
 
@@ -71,18 +84,25 @@ def _fit_prompt() -> None:
     st.session_state.example = None
 
 
-def on_page(render: Callable[[session.View], None]) -> Callable[[], None]:
-    """A page for st.navigation: the view is made when the page runs, and its errors are one line."""
+def on_page(render: Callable[..., None], of_prompt: bool) -> Callable[[], None]:
+    """A page for st.navigation; its errors are one line.
+
+    Args:
+        render: the page, given a view that is made when it runs; nothing where it is not ``of_prompt``.
+    """
 
     def run() -> None:
         try:
             name, prompt = sidebar()
+            if not of_prompt:
+                render()
+                return
             view = session.view(name, prompt)
             with st.container():  # always there, so that what follows keeps its place when a note comes or goes
                 _note_unknown_words(view)
             render(view)
         except JambascopeError as problem:
-            session.error(problem)
+            widgets.error(problem)
 
     return run
 
@@ -104,13 +124,14 @@ def main() -> None:
     st.set_page_config(page_title="jambascope", page_icon=":material/biotech:", layout="wide")
     st.html(STYLE)
     pages = [
-        st.Page(on_page(page), title=title, icon=f":material/{icon}:", url_path=path, default=path == "overview")
-        for page, title, icon, path in (
-            (overview.page, "Overview", "account_tree", "overview"),
-            (attention.page, "Attention", "grid_on", "attention"),
-            (ssm_state.page, "SSM state", "memory", "ssm_state"),
-            (router.page, "Router", "alt_route", "router"),
+        st.Page(
+            on_page(module.page, of_prompt),
+            title=title,
+            icon=f":material/{icon}:",
+            url_path=path,
+            default=path == "overview",
         )
+        for module, title, icon, path, of_prompt in PAGES
     ]
     st.navigation(pages).run()
 

@@ -23,18 +23,31 @@ def dashboard(
     dtype: Annotated[
         str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16; as stored when not given.")
     ] = None,
+    model_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB of weights kept open at once; half of the memory when not given.", min=0.001),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Directory of study runs, to list and to save to.")] = Path("runs/studies"),
 ) -> None:
     """Open the dashboards on a model, at a local address that is printed."""
     # What cannot be opened raises here, a CheckpointError or ConfigError, before anything is served.
     from jambascope.checkpoint import check_tensors, find_directory, read_config
+    from jambascope.dashboards import models
     from jambascope.devices import parse_device, parse_dtype
 
     parse_dtype(dtype)
     parse_device(device)
     directory = find_directory(model)
     check_tensors(directory, *read_config(directory))
+    most = models.default_bytes(device) if model_memory is None else int(model_memory * 2**30)
+    models.Shelf(most).check(models.checkpoint_of(str(directory), device, dtype))  # before it is loaded
     _check_port(port)
-    _serve(model if directory != Path(model).expanduser() else str(directory.resolve()), port, device, dtype)
+    given = model
+    if directory == Path(model).expanduser():
+        given = str(directory.resolve())
+        models.remember(given)
+    options = {"--device": device, "--dtype": dtype, "--model-memory": str(most), "--runs": str(runs.resolve())}
+    _serve(given, port, options)
 
 
 def _check_port(port: int) -> None:
@@ -48,7 +61,7 @@ def _check_port(port: int) -> None:
             raise ConfigError(f"port={port} cannot be used ({e.strerror}); choose another with --port") from None
 
 
-def _serve(model: str, port: int, device: str | None, dtype: str | None) -> None:
+def _serve(model: str, port: int, options: dict[str, str | None]) -> None:
     """Run Streamlit in this process until interrupted; its settings lie beside the app in .streamlit/config.toml."""
     from streamlit.runtime.pages_manager import PagesManager
     from streamlit.web import cli
@@ -58,7 +71,7 @@ def _serve(model: str, port: int, device: str | None, dtype: str | None) -> None
     PagesManager.uses_pages_directory = False
     app = Path(__file__).parent / "app.py"
     arguments = ["run", str(app), "--server.port", str(port), "--", "--model", model]
-    for option, value in (("--device", device), ("--dtype", dtype)):
+    for option, value in options.items():
         if value is not None:
             arguments += [option, value]
     url = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""What the pages share: the model that is open, the prompt, and what one forward pass of it gave.
+"""What a page is given: the model that is open, and the prompt of this browser session.
 
 Results are cached by (checkpoint, token ids, what was asked), never by tensors: Streamlit hashes large arrays by
 samples. Models are shared by all browser sessions; a model serves one run at a time behind its own lock.
@@ -11,17 +11,15 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import plotly.graph_objects as go
 import streamlit as st
 import torch
 
 from jambascope import HookedJamba
-from jambascope.checkpoint import find_directory
-from jambascope.errors import CheckpointError, InputError, JambascopeError
+from jambascope.dashboards import models
+from jambascope.dashboards.models import Checkpoint
+from jambascope.errors import InputError
 from jambascope.tokens import check
-from jambascope.zoo import packaged_models
 
 MAX_TOKENS = 4096
 """Longest prompt the pages take: one head's pattern is this squared."""
@@ -42,16 +40,10 @@ class Start:
     model: str
     device: str | None
     dtype: str | None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Which weights are open; changes when their files do."""
-
-    directory: str
-    modified: int
-    device: str | None
-    dtype: str | None
+    model_memory: int
+    """Bytes of the weights that are kept in memory at once."""
+    runs: Path
+    """Directory of study runs."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +52,13 @@ class View:
 
     model: HookedJamba
     checkpoint: Checkpoint
+    prompt: str
     ids: tuple[int, ...]
     texts: tuple[str, ...]
     name: str
+    """What the model is called."""
+    address: str
+    """What ``from_pretrained`` takes."""
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -82,13 +78,16 @@ def start() -> Start:
     parser.add_argument("--model", default="jamba-micro")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
+    parser.add_argument("--model-memory", type=int)
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
     known, _ = parser.parse_known_args(sys.argv[1:])
-    return Start(known.model, known.device, known.dtype)
+    most = known.model_memory or models.default_bytes(known.device)
+    return Start(known.model, known.device, known.dtype, most, known.runs)
 
 
 def model_choices() -> list[str]:
-    """The model given at the start, then the packaged ones. Links can name no others, so they open no other files."""
-    return list(dict.fromkeys([start().model, *packaged_models()]))
+    """What this server may open."""
+    return models.choices(start().model)
 
 
 def examples(model: HookedJamba) -> tuple[str, ...]:
@@ -99,23 +98,18 @@ def examples(model: HookedJamba) -> tuple[str, ...]:
 
 
 def open_checkpoint(name: str) -> tuple[HookedJamba, Checkpoint]:
-    """The model called ``name``, loaded once for all sessions and again when its files change."""
-    directory = _directory(name)
-    try:
-        modified = max((p.stat().st_mtime_ns for p in directory.iterdir() if p.is_file()), default=0)
-    except OSError as e:
-        raise CheckpointError(f"{directory} cannot be read ({e.strerror}); restore it, or start again") from None
-    checkpoint = Checkpoint(str(directory), modified, start().device, start().dtype)
-    return _load(checkpoint), checkpoint
+    """The model called ``name``, loaded once for all sessions and again when its files change.
 
-
-_directory = cache(find_directory)
-"""Asked once per name: for a hub id it goes to the network."""
-
-
-@st.cache_resource(max_entries=2, show_spinner="Opening the model")
-def _load(checkpoint: Checkpoint) -> HookedJamba:
-    return HookedJamba.from_pretrained(checkpoint.directory, device=checkpoint.device, dtype=checkpoint.dtype)
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it does not fit into memory.
+    """
+    checkpoint = models.checkpoint_of(name, start().device, start().dtype)
+    shelf = models.shelf(start().model_memory)
+    if shelf.holds(checkpoint):
+        return shelf.get(checkpoint), checkpoint
+    with st.spinner(f"Opening {Path(name).name}"):
+        return shelf.get(checkpoint), checkpoint
 
 
 def view(name: str, prompt: str) -> View:
@@ -132,7 +126,8 @@ def view(name: str, prompt: str) -> View:
     ids = tokens[0].tolist()
     if len(ids) > MAX_TOKENS:
         raise InputError(f"the prompt has {len(ids):,} tokens; the pages take at most {MAX_TOKENS:,}, so shorten it")
-    return View(model, checkpoint, tuple(ids), _texts(checkpoint, tuple(ids), model), Path(name).name or name)
+    texts = _texts(checkpoint, tuple(ids), model)
+    return View(model, checkpoint, prompt, tuple(ids), texts, Path(name).name or name, name)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -145,69 +140,3 @@ def unknown_positions(view: View) -> list[int]:
     """Positions whose token the tokenizer has no entry for."""
     unknown = getattr(view.model.tokenizer, "unk_token_id", None)
     return [position for position, token in enumerate(view.ids) if token == unknown]
-
-
-# -- widgets that several pages show ---------------------------------------------------------------------------
-
-FULL, STRETCHED = "0 to 1", "stretched"
-
-
-def choose_scale(help: str) -> bool:
-    """Whether colours of weights are stretched over those shown instead of running from 0 to 1."""
-    options = {"default": FULL, "required": True, "key": "scale", "bind": "query-params", "help": help}
-    return st.segmented_control("Colour scale", (FULL, STRETCHED), **options) == STRETCHED
-
-
-def choose_position(view: View, help: str) -> int:
-    """A slider over the prompt's positions, shared by all pages through the URL; the last position to begin with."""
-    last = len(view.ids) - 1
-    if last == 0:
-        st.caption(f"Position 0, {plain(view.texts[0])}: the prompt's only token.")
-        return 0
-    keep_within("position", 0, last)
-    at = st.session_state.get("position", _position_of_link(last))
-    label = f"Position {at}, token “{plain(view.texts[at])}”"
-    return st.slider(label, 0, last, last, key="position", bind="query-params", help=help)
-
-
-def _position_of_link(last: int) -> int:
-    """The position that the slider will take from the URL when it is made for the first time."""
-    asked = st.query_params.get("position", "")
-    return int(asked) if asked.isdecimal() and int(asked) <= last else last
-
-
-def keep_within(key: str, low: int, high: int) -> None:
-    """Move a number left over from another prompt or model into the range that its widget now has."""
-    if key in st.session_state:
-        st.session_state[key] = min(max(st.session_state[key], low), high)
-
-
-def choose_layer(layers: tuple[int, ...], key: str, label: str) -> int:
-    """A layer among those of one kind, kept in the URL under ``key``."""
-    if st.session_state.get(key) not in (None, *layers):
-        st.session_state[key] = layers[0]  # left over from another model
-    return st.selectbox(label, layers, key=key, bind="query-params", format_func=str)
-
-
-def show(fig: go.Figure, key: str, **options: Any) -> Any:
-    """A figure over the full width, its tool bar reduced to what is useful."""
-    config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": key}}
-    return st.plotly_chart(fig, key=key, width="stretch", theme="streamlit", config=config, **options)
-
-
-def table(rows: list[dict[str, Any]], key: str, columns: dict[str, Any], **options: Any) -> None:
-    """A table without row numbers, under its own key."""
-    with st.container(key=key):
-        st.dataframe(rows, hide_index=True, column_config=columns, **options)
-
-
-def plain(text: str) -> str:
-    """Text that Streamlit's Markdown shows as it is."""
-    for sign in "\\`*_{}[]()#+-!$~|" + ":" * (text.count(":") > 1):
-        text = text.replace(sign, "\\" + sign)
-    return text.replace("<", "&lt;").replace(">", "&gt;")
-
-
-def error(problem: JambascopeError) -> None:
-    """The project's errors are one readable line; no traceback."""
-    st.error(plain(str(problem)), icon=":material/error:")

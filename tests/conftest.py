@@ -6,9 +6,11 @@ The models are tiny: a second thread gives nothing, and costs minutes when two p
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["JAMBASCOPE_HOME"] = tempfile.mkdtemp(prefix="jambascope-home-")  # the user's own stays as it is
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import streamlit as st
 
-from jambascope.dashboards import forward, session
+from jambascope.dashboards import widgets
+from jambascope.dashboards.results import overview as results
 from jambascope.dashboards.session import View
 from jambascope.memory import readable_count
 from jambascope.studies.figures.anatomy import anatomy
@@ -18,18 +19,18 @@ def page(view: View) -> None:
     st.title("Overview")
     _model(view)
     position, k = _controls(view)
-    result = forward.predict(view, position, k)
+    result = results.predict(view, position, k)
     left, right = st.columns([5, 7], gap="medium")
     with left:
         _next_token_table(view, result, position)
     with right:
-        session.show(expectation(view.texts, result.surprisal, result.entropy, position), "expectation")
+        widgets.show(expectation(view.texts, result.surprisal, result.entropy, position), "expectation")
     _tokens(view, result)
     _vocabulary(view)
 
 
 def _model(view: View) -> None:
-    config, counts = view.model.config, forward.parameters(view)
+    config, counts = view.model.config, results.parameters(view)
     facts = [
         ("Parameters", readable_count(counts.total), f"{counts.total:,}; tied ones are counted once"),
         (
@@ -45,26 +46,26 @@ def _model(view: View) -> None:
     ]
     for column, (name, value, help) in zip(st.columns(len(facts)), facts, strict=True):
         column.metric(name, value, help=help)
-    session.show(anatomy(config, counts.mixers, counts.feed_forwards), "anatomy")
+    widgets.show(anatomy(config, counts.mixers, counts.feed_forwards), "anatomy")
 
 
 def _controls(view: View) -> tuple[int, int]:
     left, right = st.columns([9, 3], gap="medium")
     with left:
-        position = session.choose_position(view, "The model's prediction after this token is shown below.")
+        position = widgets.choose_position(view, "The model's prediction after this token is shown below.")
     with right:
         most = min(50, view.model.config.d_vocab)
-        session.keep_within("top_k", 1, most)
+        widgets.keep_within("top_k", 1, most)
         k = st.number_input("Candidates", 1, most, min(10, most), key="top_k", bind="query-params")
     return position, k
 
 
-def _next_token_table(view: View, result: forward.Predictions, position: int) -> None:
-    after = session.plain(view.texts[position])
+def _next_token_table(view: View, result: results.Predictions, position: int) -> None:
+    after = widgets.plain(view.texts[position])
     st.markdown(f"##### Next token after “{after}” ({position})")
     follows = ""
     if result.next_rank is not None:
-        came, surprisal = session.plain(view.texts[position + 1]), result.surprisal[position]
+        came, surprisal = widgets.plain(view.texts[position + 1]), result.surprisal[position]
         follows = f" The prompt goes on with “{came}”: rank {result.next_rank}, surprisal {surprisal:.3f} nats."
     st.caption(f"Entropy {result.entropy[position]:.3f} nats.{follows}")
     rows = [
@@ -82,10 +83,10 @@ def _next_token_table(view: View, result: forward.Predictions, position: int) ->
         ),
         "logit": number("Logit", width="small", format="%.3f"),
     }
-    session.table(rows, "next_tokens", columns, height="content")
+    widgets.table(rows, "next_tokens", columns, height="content")
 
 
-def _tokens(view: View, result: forward.Predictions) -> None:
+def _tokens(view: View, result: results.Predictions) -> None:
     with st.expander(f"The prompt as {len(view.ids):,} tokens", expanded=len(view.ids) <= 64):
         unexpected = [None, *result.surprisal.tolist()]
         rows = [
@@ -102,7 +103,7 @@ def _tokens(view: View, result: forward.Predictions) -> None:
             "surprisal": number("Surprisal (nats)", format="%.3f"),
             "entropy": number("Entropy after it (nats)", format="%.3f"),
         }
-        session.table(rows, "tokens", columns)
+        widgets.table(rows, "tokens", columns)
 
 
 def _vocabulary(view: View) -> None:
@@ -112,4 +113,4 @@ def _vocabulary(view: View) -> None:
     with st.expander(f"The vocabulary: {size:,} tokens"):
         entries = sorted(view.model.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         columns = {"id": st.column_config.NumberColumn("Id", width="small"), "token": "Token"}
-        session.table([{"id": i, "token": t} for t, i in entries], "vocabulary", columns, height=330)
+        widgets.table([{"id": i, "token": t} for t, i in entries], "vocabulary", columns, height=330)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import streamlit as st
 
-from jambascope.dashboards import forward, session
+from jambascope.dashboards import widgets
+from jambascope.dashboards.results import router as results
 from jambascope.dashboards.session import View
 from jambascope.hooks import routing
 from jambascope.studies.figures import routing as figures
@@ -23,31 +24,31 @@ def page(view: View) -> None:
         return
     left, middle, third, right = st.columns([2, 3, 3, 5], gap="medium")
     with left:
-        layer = session.choose_layer(config.moe_layers, "moe_layer", "Layer")
+        layer = widgets.choose_layer(config.moe_layers, "moe_layer", "Layer")
     with middle:
         shown = st.segmented_control(
             "Weights", (CHOSEN, ALL), default=CHOSEN, required=True, key="weights", bind="query-params"
         )
     with third:
-        stretched = session.choose_scale("Of router weights. Stretched: it ends at the largest weight shown.")
+        stretched = widgets.choose_scale("Of router weights. Stretched: it ends at the largest weight shown.")
     with right:
-        position = session.choose_position(view, "The token whose way through the layers is shown below.")
-    routes = forward.route(view)
+        position = widgets.choose_position(view, "The token whose way through the layers is shown below.")
+    routes = results.route(view)
     summaries = {i: routing.summarize(route) for i, route in routes.items()}
     weights = {i: (routing.kept_weights(r) if shown == CHOSEN else r.probabilities).numpy() for i, r in routes.items()}
-    session.show(figures.token_routes(weights[layer], view.texts, layer, position, stretched), "token_routes")
+    widgets.show(figures.token_routes(weights[layer], view.texts, layer, position, stretched), "token_routes")
     left, right = st.columns(2, gap="medium")
     with left:
         choices = len(view.ids) * config.experts_per_token
         loads = {i: summary.load.numpy() for i, summary in summaries.items()}
-        session.show(figures.expert_loads(loads, choices, layer), "expert_loads")
+        widgets.show(figures.expert_loads(loads, choices, layer), "expert_loads")
     with right:
         path = {i: w[position] for i, w in weights.items()}
-        session.show(figures.token_path(path, view.texts[position], position, stretched), "token_path")
+        widgets.show(figures.token_path(path, view.texts[position], position, stretched), "token_path")
     chosen = routes[layer]
     retained = routing.retained_mass(chosen.probabilities, chosen.indices).numpy()
     margin = routing.margin(chosen.probabilities).numpy()
-    session.show(figures.certainty(retained, margin, view.texts, layer, position), "certainty")
+    widgets.show(figures.certainty(retained, margin, view.texts, layer, position), "certainty")
     _table(summaries)
 
 
@@ -77,4 +78,4 @@ def _table(summaries: dict[int, routing.RoutingSummary]) -> None:
         "margin": number("Top-1 minus top-2", format="%.3f", help="Difference of probabilities, mean over tokens"),
         "retained": number("Retained mass", format="%.3f", help="Sum of the kept probabilities, mean over tokens"),
     }
-    session.table(rows, "balance", columns)
+    widgets.table(rows, "balance", columns)

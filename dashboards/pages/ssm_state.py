@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from jambascope.dashboards import forward, session
+from jambascope.dashboards import widgets
+from jambascope.dashboards.results import ssm_state as results
 from jambascope.dashboards.session import View
 from jambascope.studies.figures import ssm as figures
 from jambascope.studies.figures.theme import named
@@ -21,11 +22,11 @@ def page(view: View) -> None:
         return
     left, right = st.columns([2, 10], gap="medium")
     with left:
-        layer = session.choose_layer(config.ssm_layers, "mamba_layer", "Layer")
+        layer = widgets.choose_layer(config.ssm_layers, "mamba_layer", "Layer")
     with right:
-        position = session.choose_position(view, "The state after this token is shown below.")
-    session.show(figures.layer_norms(forward.norms(view), view.texts, layer, position), "layer_norms")
-    memory = forward.remember(view, layer)
+        position = widgets.choose_position(view, "The state after this token is shown below.")
+    widgets.show(figures.layer_norms(results.norms(view), view.texts, layer, position), "layer_norms")
+    memory = results.remember(view, layer)
     st.caption(
         f"Channel groups: the {config.d_inner:,} channels of layer {layer}, sorted by their half-life (the median over "
         f"their {config.d_state} states) and split into {len(memory.groups)} groups of equal size. Half-life of an "
@@ -35,11 +36,11 @@ def page(view: View) -> None:
     _over_time(view, memory, layer, position)
     order = np.concatenate(memory.groups)
     edges = np.cumsum([len(members) for members in memory.groups])[:-1].tolist()
-    session.show(figures.half_lives(memory.half_lives, order, edges), "half_lives")
-    session.show(figures.state_matrices(memory.states, order, view.texts, position), "state_matrices")
+    widgets.show(figures.half_lives(memory.half_lives, order, edges), "half_lives")
+    widgets.show(figures.state_matrices(memory.states, order, view.texts, position), "state_matrices")
 
 
-def _over_time(view: View, memory: forward.Memory, layer: int, position: int) -> None:
+def _over_time(view: View, memory: results.Memory, layer: int, position: int) -> None:
     fig = figures.group_lines(
         memory.norms,
         memory.bounds,
@@ -49,9 +50,9 @@ def _over_time(view: View, memory: forward.Memory, layer: int, position: int) ->
         unit="state RMS",
         position=position,
     )
-    session.show(fig, "group_norms")
+    widgets.show(fig, "group_norms")
     fig = figures.group_lines(
-        forward.retained(memory, position),
+        results.retained(memory, position),
         memory.bounds,
         view.texts,
         title=f"What is left of earlier states after {named(view.texts[position], position)}",
@@ -59,4 +60,4 @@ def _over_time(view: View, memory: forward.Memory, layer: int, position: int) ->
         unit="retention (share of 1)",
         position=position,
     )
-    session.show(fig, "retention")
+    widgets.show(fig, "retention")

@@ -11,7 +11,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from jambascope import HookedJamba, JambaConfig
-from jambascope.dashboards import command, session
+from jambascope.dashboards import command, models, session, widgets
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.zoo.words import VOCABULARY
 
@@ -100,12 +100,16 @@ def test_the_command_refuses_before_it_serves(tmp_path, monkeypatch):
         command.dashboard(str(tmp_path), device="nowhere")
     assert not served
     command.dashboard(str(tmp_path), port=8765, dtype="bfloat16")
-    assert served == [(str(tmp_path.resolve()), 8765, None, "bfloat16")]
+    given, port, options = served[0]
+    assert (given, port, options["--dtype"]) == (str(tmp_path.resolve()), 8765, "bfloat16")
+    assert models.recent()[0] == given
+    with pytest.raises(ConfigError, match="larger --model-memory"):
+        command.dashboard(str(tmp_path), model_memory=1e-6)
 
 
 @pytest.mark.parametrize("text", ["<unk>", "a*b_c", ":smile:", "$x$", "[l](u)", "# t"])
 def test_plain_text_is_not_markdown(text):
-    shown = session.plain(text)
+    shown = widgets.plain(text)
     assert not any(sign in shown.replace("\\" + sign, "") for sign in "<*_$[#")
 
 

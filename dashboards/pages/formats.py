@@ -1,0 +1,9 @@
+"""Format following."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+
+def page() -> None:
+    st.title("Format following")

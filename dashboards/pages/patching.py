@@ -1,0 +1,11 @@
+"""Patching."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from jambascope.dashboards.session import View
+
+
+def page(view: View) -> None:
+    st.title("Patching")
