@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import urlparse
 
 import numpy as np
 import pytest
@@ -13,90 +12,27 @@ import torch
 from jambascope.hooks import predictions, routing, ssm
 
 pytest.importorskip("playwright")
-from playwright.sync_api import Page, expect  # noqa: E402
+from browser_tools import (  # noqa: E402
+    OTHER,
+    PACKAGED,
+    PROMPT,
+    axis_names,
+    cells,
+    choose,
+    expect_heat,
+    expect_numbers,
+    expect_query,
+    figure,
+    heat,
+    no_exception,
+    query,
+    type_prompt,
+    wait_for_title,
+    words,
+)
+from playwright.sync_api import expect  # noqa: E402
 
-expect.set_options(timeout=20_000)
-PACKAGED = "jamba-micro"
-PROMPT = "the plot was gripping . Alice gave the book to Bob ."
-OTHER = "whale Clara near lamp whale Clara near"
-TITLES = ("Overview", "Attention", "SSM state", "Router")
-
-
-def type_prompt(page: Page, text: str) -> None:
-    box = page.get_by_label("Prompt", exact=True)
-    box.fill(text)
-    box.press("Control+Enter")
-
-
-def figure(page: Page, key: str):
-    return page.locator(f".st-key-{key}:not([data-stale=true]) .js-plotly-plot")
-
-
-def wait_for_title(page: Page, key: str, title: str) -> None:
-    expect(figure(page, key).locator(".gtitle")).to_have_text(title)
-
-
-def axis_names(page: Page, key: str, axis: str = "x") -> list[str]:
-    return figure(page, key).evaluate(f"e => Array.from(e.layout.{axis}axis.ticktext)")
-
-
-def heat(page: Page, key: str) -> np.ndarray:
-    """The numbers behind a heatmap, as the browser holds them; None becomes NaN. None yet while it is drawn anew."""
-    held = "Array.from(e._fullData?.[0]?.z ?? [], row => Array.from(row, v => v ?? null))"
-    return np.array(figure(page, key).evaluate(f"e => {held}"), dtype=float)
-
-
-def query(page: Page) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlparse(page.url).query).items()}
-
-
-def expect_query(page: Page, **wanted: str) -> None:
-    for name, value in wanted.items():
-        expect(page).to_have_url(re.compile(rf"[?&]{name}={re.escape(value)}(&|$)"))
-
-
-def choose(page: Page, label: str, option: str) -> None:
-    page.get_by_role("combobox", name=re.compile(rf"\b{label}$")).click()
-    page.get_by_role("option", name=option, exact=True).click()
-
-
-def cells(page: Page, key: str, column: int) -> list[str]:
-    """One column of a table, from the accessible copy that it keeps inside its canvas."""
-    rows = page.locator(f".st-key-{key} canvas [role=row] [role=gridcell]:nth-child({column + 1})")
-    return rows.evaluate_all("all => all.map(cell => cell.textContent)")
-
-
-def eventually(page: Page, check: Callable[[], None]) -> None:
-    """Figures of one page arrive one after the other: try until the assertion holds, for ten seconds."""
-    for _ in range(100):
-        try:
-            return check()
-        except AssertionError:
-            page.wait_for_timeout(100)
-    check()
-
-
-def expect_heat(page: Page, key: str, wanted: np.ndarray, rtol: float = 1e-3, atol: float = 1e-5) -> None:
-    """The cells of a heatmap, empty ones as 0."""
-    wanted = np.asarray(wanted)
-    eventually(page, lambda: np.testing.assert_allclose(np.nan_to_num(heat(page, key)), wanted, rtol=rtol, atol=atol))
-
-
-def expect_numbers(page: Page, key: str, column: int, wanted: list[float]) -> None:
-    """A column of numbers, as precise as a float32."""
-
-    def check() -> None:
-        assert [float(text) for text in cells(page, key, column)] == pytest.approx(wanted, rel=1e-4)
-
-    eventually(page, check)
-
-
-def no_exception(page: Page) -> None:
-    expect(page.locator('[data-testid="stException"]')).to_have_count(0)
-
-
-def words(model, prompt: str) -> list[str]:
-    return model.to_str_tokens(prompt)
+TITLES = ("Overview", "Attention", "SSM state", "Router", "Induction", "Format following", "Patching", "Runs")
 
 
 def test_a_link_to_a_page_as_the_first_request_of_a_server(open_page):
@@ -206,10 +142,10 @@ def test_a_link_opened_elsewhere_shows_the_same(open_page, server):
     page.get_by_role("slider").press("ArrowLeft")
     expect_query(page, head="3", position="11")
     title = re.compile(r"Where “Bob” \(11\) looks")
-    expect(figure(page, "attended_keys").locator(".gtitle")).to_have_text(title)
+    expect(figure(page, "attended_keys").locator(".gtitle").first).to_have_text(title)
     address = urlparse(page.url)
     again = open_page(address.path.lstrip("/"), fresh=True, **query(page))
-    expect(figure(again, "attended_keys").locator(".gtitle")).to_have_text(title)
+    expect(figure(again, "attended_keys").locator(".gtitle").first).to_have_text(title)
     wait_for_title(again, "head_pattern", figure(page, "head_pattern").locator(".gtitle").text_content())
     expect(again.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
     expect_heat(again, "head_pattern", np.nan_to_num(heat(page, "head_pattern")))
@@ -234,7 +170,7 @@ def test_a_checkpoint_directory_opens_and_the_prompt_stays_from_page_to_page(ope
     type_prompt(page, "5 17 3")
     expect(figure(page, "expectation")).to_contain_text("17 1")
     expect_numbers(page, "tokens", 2, [5, 17, 3])
-    for title, key in zip(TITLES[1:], ("head_pattern", "layer_norms", "token_routes"), strict=True):
+    for title, key in zip(TITLES[1:4], ("head_pattern", "layer_norms", "token_routes"), strict=True):
         page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
         expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
         expect(figure(page, key)).to_contain_text("17 1")
@@ -270,7 +206,7 @@ def test_one_token_and_long_prompts(open_page):
     wait_for_title(page, "attended_keys", "Where “5” (0) looks")
     no_exception(page)
     type_prompt(page, " ".join(str(i % 50) for i in range(600)))
-    for title, key in zip(TITLES, ("expectation", "head_pattern", "layer_norms", "token_routes"), strict=True):
+    for title, key in zip(TITLES[:4], ("expectation", "head_pattern", "layer_norms", "token_routes"), strict=True):
         page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
         expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
         expect(page.get_by_text("Position 599, token")).to_be_visible()
