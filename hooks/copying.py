@@ -25,6 +25,7 @@ from jaxtyping import Bool, Complex, Float, Int
 
 from jambascope.errors import InputError
 from jambascope.hooks.heads import (
+    Progress,
     attention_layers,
     detection_pattern,
     head_rows,
@@ -174,6 +175,7 @@ def logit_copying(
     prepend_bos: bool | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> LogitCopying:
     """The logit form of every head on prompts.
 
@@ -189,6 +191,7 @@ def logit_copying(
             candidates of Olsson et al., who then count the token with the most attention alone.
         batch_size: sequences run at a time; a layer's pattern [B H T S] and one head's [B T 4096] logits are held.
         seed: which other positions the control takes.
+        progress: told the share that is done after each batch.
 
     Raises:
         InputError: a model without attention; tokens that the model cannot take.
@@ -208,6 +211,8 @@ def logit_copying(
         control = others[start : start + batch_size]
         found.append(_logit_shares(model, part, real, control, first if among == "prompt" else None))
         candidates += first.sum(1).tolist() if among == "prompt" else [model.config.d_vocab] * len(part)
+        if progress is not None and progress(min(1.0, (start + batch_size) / len(tokens))) is False:
+            break
     samples, control = (2 * torch.cat(share) - 1 for share in zip(*found, strict=True))
     uniform = 2 / torch.tensor(candidates, dtype=torch.float64) - 1
     alone = uniform == 1  # less its own mean a single logit is 0, give or take rounding

@@ -12,7 +12,7 @@ those that have something count. Then a perfect head scores 1, and the score is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["previous_token", "duplicate_token", "induction"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Progress = Callable[[float], Any]
+"""Given the share that is done; False ends a measurement early, with the sequences that are done."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +175,7 @@ def score_heads(
     control: bool = True,
     batch_size: int = 16,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[Kind, HeadScores]:
     """Score every head of every attention layer; patterns are reduced as they appear, none is kept.
 
@@ -188,6 +191,7 @@ def score_heads(
             TransformerLens's ``detect_head`` does.
         control: also run the same tokens in random order (``seed``).
         batch_size: sequences run at a time; the largest thing held is one layer's [B H T S].
+        progress: told the share that is done after each batch.
 
     Returns:
         Scores by kind.
@@ -214,6 +218,8 @@ def score_heads(
         rows = None if permuted is None else permuted[start : start + batch_size]
         other = None if rows is None else pattern_scores(model, rows, real, P, counted, layers)
         found.append((scores, _uniform(P, counted, real), other))
+        if progress is not None and progress(min(1.0, (start + batch_size) / len(tokens))) is False:
+            break
     scores, uniform = (torch.cat([f[i] for f in found], 1) for i in (0, 1))
     others = torch.cat([f[2] for f in found], 1) if control else None
     return {
@@ -245,13 +251,17 @@ def check_targets(kinds: Sequence[Kind], tokens: torch.Tensor, mask: torch.Tenso
     if not kinds:
         raise InputError(f"kinds is empty; name at least one of {', '.join(KINDS)}")
     for kind in kinds:
-        some = any(
-            detection_pattern(kind, tokens[i : i + 1], None if mask is None else mask[i : i + 1]).any()
-            for i in range(len(tokens))
-        )
-        if not some:
+        if not has_targets(kind, tokens, mask):
             need = "two tokens" if kind == "previous_token" else "a token that comes twice"
             raise InputError(f"no prompt has {need}, which kind={kind!r} needs; give longer prompts or leave it out")
+
+
+def has_targets(kind: Kind, tokens: Int[torch.Tensor, "batch pos"], mask: torch.Tensor | None = None) -> bool:
+    """Whether any prompt has anything for a kind of head to look at."""
+    return any(
+        bool(detection_pattern(kind, tokens[i : i + 1], None if mask is None else mask[i : i + 1]).any())
+        for i in range(len(tokens))
+    )
 
 
 def pattern_scores(

@@ -14,11 +14,9 @@ from pydantic import Field
 
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
-from jambascope.hooks import run
 from jambascope.hooks.heads import HeadScores, repeated_random_tokens, score_heads
-from jambascope.hooks.interventions import Intervention, ZeroAblation, mean_ablation
 from jambascope.hooks.label_ablation import Head, random_head_sets
-from jambascope.losses import token_losses
+from jambascope.hooks.repetition import repetition, take_away
 from jambascope.model import HookedJamba
 from jambascope.studies import head_ablation
 from jambascope.studies.runner.spec import Spec
@@ -56,9 +54,10 @@ def measure(spec: InductionSpec, cell: Cell, model: HookedJamba) -> Found:
     ranked = [(row["layer"], row["head"]) for row in chosen.top(chosen.mean.numel())]
     rows = [*_head_rows(chosen, "finding", ranked), *_head_rows(held_out, "confirming", ranked, half)]
     rest = tokens[half:].to(model.device)
-    whole = _losses(model, rest, (), spec.batch_size)
+    whole = repetition(model, rest, (), spec.batch_size)[:2]
     everyone = head_ablation.everyone(model.config)
-    nobody = _losses(model, rest, _without(spec, model, tokens[:half].to(model.device), everyone), spec.batch_size)
+    gone = take_away(model, everyone, spec.ablation, tokens[:half].to(model.device))
+    nobody = repetition(model, rest, gone, spec.batch_size)[:2]
     for name, losses, without in zip((LOSS_FIRST, LOSS_SECOND), whole, nobody, strict=True):
         rows += _sample_rows(name, losses, "none taken", 0, half)
         rows += head_ablation.all_rows(f"change of {name}", len(everyone), losses, without, half)
@@ -80,7 +79,9 @@ def _ablation_rows(
 ) -> list[dict]:
     """The found heads taken away on held-out sequences, and random ones."""
     sets = [heads, *random_head_sets(model, heads, spec.draws, seed)]
-    taken = [_losses(model, tokens, _without(spec, model, reference, own), spec.batch_size) for own in sets]
+    taken = [
+        repetition(model, tokens, take_away(model, own, spec.ablation, reference), spec.batch_size) for own in sets
+    ]
     rows = []
     for which, name in enumerate((FIRST, SECOND)):
         without, *random = (losses[which] for losses in taken)
@@ -88,32 +89,6 @@ def _ablation_rows(
             name, len(heads), whole[which], without, torch.stack(random), first_sample=len(reference)
         )
     return rows
-
-
-def _without(
-    spec: InductionSpec, model: HookedJamba, reference: Int[torch.Tensor, "sequences pos"], heads: Sequence[Head]
-) -> list[Intervention]:
-    """What takes heads away: what they read set to zero, or to its mean over the reference's tokens."""
-    found: list[Intervention] = []
-    for layer in sorted({layer for layer, _ in heads}):
-        own = [head for at, head in heads if at == layer]
-        if spec.ablation == "zero":
-            found.append(ZeroAblation("z", layer, heads=own))
-        else:
-            found.append(mean_ablation(model, reference, "z", layer, heads=own))
-    return found
-
-
-@torch.no_grad()
-def _losses(
-    model: HookedJamba, tokens: Int[torch.Tensor, "sequences pos"], without: Sequence[Intervention], batch_size: int
-) -> tuple[Float[torch.Tensor, " sequences"], Float[torch.Tensor, " sequences"]]:
-    """Mean loss in nats of the tokens said the first time, and of those said again, all but the first of them."""
-    losses = [token_losses(run(model, part, without).logits, part).cpu().double() for part in tokens.split(batch_size)]
-    every = torch.cat(losses)
-    length = tokens.shape[1] // 2
-    start = every.shape[1] - length  # the first prediction of a token of the second time
-    return every[:, :start].mean(1), every[:, start + 1 :].mean(1)
 
 
 def _head_rows(scores: HeadScores, half: str, ranked: Sequence[Head], first_sample: int = 0) -> list[dict]:

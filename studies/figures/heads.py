@@ -11,7 +11,18 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from jambascope.studies.figures.theme import AMOUNT, FIRST, GUIDE, SECOND, SELECTED, color_bar, frame, integer_axis
+from jambascope.studies.figures.theme import (
+    AMOUNT,
+    FIRST,
+    GUIDE,
+    SECOND,
+    SELECTED,
+    SIGNED,
+    click_targets,
+    color_bar,
+    frame,
+    integer_axis,
+)
 
 GRID = "rgba(128,128,128,0.25)"
 COLORS = {"found": SECOND, "random": FIRST}
@@ -26,6 +37,8 @@ def score_map(
     marked: Sequence[tuple[int, int]] = (),
     unit: str = "score",
     limit: float = 1.0,
+    signed: bool = False,
+    clickable: bool = False,
 ) -> go.Figure:
     """A number for every head: layers up, heads across.
 
@@ -34,15 +47,21 @@ def score_map(
         hover: text of every cell, as ``scores``.
         marked: (layer, head) that get a frame.
         limit: where the colour scale ends.
+        signed: it begins at ``-limit``, and zero is in its middle.
+        clickable: a click on a cell selects a point whose ``customdata`` is ``[layer, head]``.
     """
+    low, colors = (-limit, SIGNED) if signed else (0, AMOUNT)
     fig = go.Figure(
         go.Heatmap(
-            z=scores, zmin=0, zmax=limit, colorscale=AMOUNT, customdata=hover, xgap=1, ygap=1,
+            z=scores, zmin=low, zmax=limit, colorscale=colors, customdata=hover, xgap=1, ygap=1,
             hovertemplate="%{customdata}<extra></extra>", colorbar=color_bar(unit),
         )
     )  # fmt: skip
-    for trace in _numbers(scores, limit) if scores.shape[1] <= 16 else ():
+    for trace in _numbers(scores, limit, signed) if scores.shape[1] <= 16 else ():
         fig.add_trace(trace)
+    if clickable:
+        fig.data[0].update(hoverinfo="skip", hovertemplate=None)
+        fig.add_trace(_targets(layers, hover))
     for layer, head in marked:
         x, y = head, list(layers).index(layer)
         box = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
@@ -53,10 +72,17 @@ def score_map(
     return fig
 
 
-def _numbers(scores: Float[np.ndarray, "layers heads"], limit: float) -> list[go.Scatter]:
+def _targets(layers: Sequence[int], hover: Sequence[Sequence[str]]) -> go.Scatter:
+    cells = [(row, head) for row in range(len(layers)) for head in range(len(hover[row]))]
+    custom, texts = [[layers[row], head] for row, head in cells], [hover[row][head] for row, head in cells]
+    return click_targets([head for _, head in cells], [row for row, _ in cells], custom, texts, size=30)
+
+
+def _numbers(scores: Float[np.ndarray, "layers heads"], limit: float, signed: bool) -> list[go.Scatter]:
     """The scores as text: dark on light cells and light on dark ones, whatever the page."""
     traces = []
-    for color, where in (("#1c2733", scores > 0.55 * limit), ("#ffffff", scores <= 0.55 * limit)):
+    light = np.abs(scores) < 0.6 * limit if signed else scores > 0.55 * limit
+    for color, where in (("#1c2733", light), ("#ffffff", ~light & np.isfinite(scores))):
         layers, heads = where.nonzero()
         texts = [f"{score:.2f}" for score in scores[where]]
         look = dict(mode="text", textfont={"color": color}, hoverinfo="skip", showlegend=False)

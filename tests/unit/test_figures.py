@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jambascope import JambaConfig
-from jambascope.studies.figures import anatomy, attention, bench, predictions, routing, ssm, theme
+from jambascope.studies.figures import anatomy, attention, bench, looks, predictions, routing, ssm, theme
 
 TOKENS = ["<bos>", "the", "plot", "was", "dull"]
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def figures(tokens: list[str]) -> dict:
         "head_grid": attention.head_grid({4: attention.pool(causal(4, T, T), attention.GRID_CELLS)}, (4, 1)),
         "head_pattern": attention.head_pattern(causal(S, S), tokens[:S], tokens[:S], 4, 1, position=last),
         "pooled_pattern": attention.pooled_pattern(attention.pool(causal(T, T), 16), tokens, 4, 1),
-        "attended_keys": attention.attended_keys(causal(T, T)[last], tokens, last),
+        "attended_keys": looks.attended_keys(causal(T, T)[last], tokens, last),
         "layer_norms": ssm.layer_norms(norms, tokens, 2, last),
         "group_lines": ssm.group_lines(RNG.uniform(size=(2, T)), [(0.5, 1), (1, np.inf)], tokens, **lines),
         "half_lives": ssm.half_lives(half_lives, np.arange(6), [3]),
@@ -166,9 +166,10 @@ def test_stretched_limit_ignores_queries_with_few_keys():
 
 def test_attended_keys_are_sorted_and_causal():
     row = np.array([0.2, 0.5, 0.3, 9.0, 9.0])
-    fig = attention.attended_keys(row, TOKENS, query=2)
+    fig = looks.attended_keys(row, TOKENS, query=2)
     assert list(fig.data[0].x) == [0.5, 0.3, 0.2]
-    assert list(fig.data[0].customdata) == ["the 1", "plot 2", "&lt;bos&gt; 0"]
+    assert list(fig.data[0].customdata) == [1, 2, 0]
+    assert list(fig.data[0].hovertext) == ["the 1", "plot 2", "&lt;bos&gt; 0"]
 
 
 def test_half_lives_are_logarithmic_with_plain_ticks():

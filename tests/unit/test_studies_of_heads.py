@@ -74,37 +74,6 @@ def test_the_reading_says_what_was_found_and_with_what_certainty(built_rows):
     assert "does not attend by induction" in induction_heads.reading(spec, nothing)
 
 
-def test_losses_are_of_the_two_times_and_no_head_taken_away_changes_none(built):
-    spec = make_spec("induction_heads", induction_heads.InductionSpec, {"sequences": 4, "length": 5})
-    tokens = induction_heads.repeated_random_tokens(built, 4, 5)
-    first, second = induction_heads._losses(built, tokens, (), 3)
-    with torch.no_grad():
-        every = -built(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    assert tokens.shape[1] == 11
-    torch.testing.assert_close(first, every[:, :5].mean(1).double())
-    torch.testing.assert_close(second, every[:, 6:].mean(1).double())
-    without = induction_heads._without(spec, built, tokens, [])
-    torch.testing.assert_close(induction_heads._losses(built, tokens, without, 16), (first, second))
-
-
-@pytest.mark.parametrize("ablation", ["mean", "zero"])
-def test_heads_are_taken_away_as_the_label_study_does(built, ablation):
-    """Two ways to the same: interventions here, ``label_ablation`` there."""
-    from jambascope.hooks.label_ablation import mean_head_outputs, metric_without
-    from jambascope.hooks.labels import FewShotPrompt
-
-    tokens = induction_heads.repeated_random_tokens(built, 3, 6)
-    spec = make_spec("induction_heads", induction_heads.InductionSpec, {"ablation": ablation})
-    few = [FewShotPrompt(tuple(row.tolist()), (1,), len(row) - 1, (3, 4)) for row in tokens]
-    means = mean_head_outputs(built, few) if ablation == "mean" else None
-    expected = metric_without(
-        built, few, [(1, 0), (1, 3)], means=means, metric=lambda logits, prompts: logits.logsumexp(-1) - logits[:, 5]
-    )
-    without = induction_heads._without(spec, built, tokens, [(1, 0), (1, 3)])
-    logits = induction_heads.run(built, tokens, without).logits[:, -1]
-    torch.testing.assert_close(-logits.log_softmax(-1)[:, 5].double(), expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("k, message", [((3,), "k=3 must lie in 1..2: as many of its 4 heads"), ((0,), "k=0 must lie")])
 def test_more_heads_than_can_be_compared_are_refused(built, k, message):
     with pytest.raises(ConfigError, match=message):
