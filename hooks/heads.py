@@ -94,6 +94,15 @@ def top_rows(rows: list[dict[str, Any]], key: str, k: int) -> list[dict[str, Any
     return sorted(rows, key=lambda row: (row[key] != row[key], -row[key]))[:k]
 
 
+def drawable_tokens(model: HookedJamba) -> Int[torch.Tensor, " ids"]:
+    """The ids that random tokens are drawn from: those that the tokenizer has, without special ones."""
+    config, tokenizer = model.config, model.tokenizer
+    special = {config.bos_token_id, config.pad_token_id, *config.eos_token_ids}
+    special |= set() if tokenizer is None else set(tokenizer.all_special_ids)
+    known = config.d_vocab if tokenizer is None else min(config.d_vocab, len(tokenizer))
+    return torch.tensor([i for i in range(known) if i not in special])
+
+
 def repeated_random_tokens(
     model: HookedJamba, sequences: int = 32, length: int = 50, times: int = 2, seed: int = 0
 ) -> Int[torch.Tensor, "sequences pos"]:
@@ -108,11 +117,7 @@ def repeated_random_tokens(
     """
     for name, value, least in (("sequences", sequences, 1), ("length", length, 2), ("times", times, 2)):
         at_least(name, value, least)
-    config, tokenizer = model.config, model.tokenizer
-    special = {config.bos_token_id, config.pad_token_id, *config.eos_token_ids}
-    special |= set() if tokenizer is None else set(tokenizer.all_special_ids)
-    known = config.d_vocab if tokenizer is None else min(config.d_vocab, len(tokenizer))
-    usable = torch.tensor([i for i in range(known) if i not in special])
+    config, usable = model.config, drawable_tokens(model)
     if length > len(usable):
         raise InputError(f"length={length} different tokens cannot be drawn from {len(usable)}; make length smaller")
     bos = [] if config.bos_token_id is None else [config.bos_token_id]

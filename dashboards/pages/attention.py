@@ -159,6 +159,7 @@ def _large(
     limit: float,
     key: str,
     texts: tuple[str, ...] | None = None,
+    room: int = 40,
 ) -> None:
     """The pattern in large; where tokens are named, a click follows one of them."""
     texts = view.texts if texts is None else texts
@@ -167,7 +168,7 @@ def _large(
         return
     q, k, span = extent.first_query, extent.first_key, extent.span
     fig = figures.token_pattern(
-        part, shown, texts[q : q + span], texts[k : k + span], q, k, position, limit, clickable=True
+        part, shown, texts[q : q + span], texts[k : k + span], q, k, position, limit, True, room
     )
     widgets.show(fig, key, on_select=partial(_take_position, key), selection_mode="points")
     st.caption("Click a weight to follow its query, or the empty half to follow the token of that column.")
@@ -194,7 +195,7 @@ def _beside_mamba(view: View, head: tuple[int, int] | None, position: int) -> No
         with left:
             part = _part(results.pattern(view, *head), extent)
             limit = figures.stretched_limit(part) if stretched else 1.0
-            _large(view, part, figures.of_head(*head), extent, position, limit, "head_pattern")
+            _large(view, part, figures.of_head(*head), extent, position, limit, "head_pattern", room=24)
     with right:
         found = work.result(
             "hidden attention",
@@ -206,7 +207,7 @@ def _beside_mamba(view: View, head: tuple[int, int] | None, position: int) -> No
         if found is not None and found.value is not None:
             shown = figures.of_mixer(layer, config.mixers[layer], form)
             limit = figures.stretched_limit(found.value) if stretched else 1.0
-            _large(view, found.value, shown, extent, position, limit, "hidden_pattern")
+            _large(view, found.value, shown, extent, position, limit, "hidden_pattern", room=24 if head else 40)
     rows, kinds = results.looks(view, position, form), dict(enumerate(config.mixers))
     widgets.show(figures.looks_by_layer(rows, kinds, view.texts, position), "looks_by_layer")
     st.caption(f"Attention layers: the mean over heads. Mamba layers: the mean of |weight| over channels, form {form}.")

@@ -13,6 +13,7 @@ from jambascope.studies.figures.theme import (
     AMOUNT,
     GUIDE,
     KIND_NAMES,
+    READABLE,
     SELECTED,
     SIGNED,
     click_targets,
@@ -152,8 +153,8 @@ def _badges(
     places = [(head, row) for row, layer in enumerate(layers) for head in range(len(badges[layer]))]
     return go.Scatter(
         x=[head * pitch + cells - 0.5 for head, _ in places], y=[row * pitch + cells - 0.5 for _, row in places],
-        mode="text", text=texts, textposition="bottom left", textfont={"size": 12 if roomy else 9}, hoverinfo="skip",
-        showlegend=False, name="badge",
+        mode="text", text=texts, textposition="bottom left", hoverinfo="skip", showlegend=False, name="badge",
+        textfont={"size": 12 if roomy else 9, "color": READABLE},
     )  # fmt: skip
 
 
@@ -199,6 +200,7 @@ def token_pattern(
     position: int | None = None,
     limit: float = 1.0,
     clickable: bool = False,
+    room: int = 40,
 ) -> go.Figure:
     """A pattern with a token on every row and column.
 
@@ -209,6 +211,7 @@ def token_pattern(
         limit: the weight at which the colour scale ends.
         clickable: a click on a weight selects a point whose ``customdata`` is its query; a click on the empty half, in
             which keys come after their queries, one whose ``customdata`` is the key.
+        room: how many keys can be named side by side.
     """
     queries = np.arange(query_start, query_start + len(query_tokens))
     keys = np.arange(key_start, key_start + len(key_tokens))
@@ -230,7 +233,7 @@ def token_pattern(
     if position is not None:
         _mark(fig, position, queries, keys)
     frame(fig, shown.title, shown.subtitle, height=660)
-    fig.update_xaxes(token_axis(key_tokens, key_start, "key token (position)", room=40))
+    fig.update_xaxes(token_axis(key_tokens, key_start, "key token (position)", room))
     fig.update_yaxes(reversed_token_axis(query_tokens, query_start, "query token (position)", room=50))
     return fig
 
@@ -303,15 +306,24 @@ def pooled(
             z=np.where(hidden, np.nan, pattern), x=starts, y=starts, **_scale(shown, limit), hoverongaps=False,
             text=[[f"queries {q}<br>keys    {k}" for k in names] for q in names],
             hovertemplate="%{text}<br>largest weight %{z:.4f}<extra></extra>",
-            colorbar=color_bar(f"largest {shown.unit} in the block"),
+            colorbar=color_bar(f"largest {shown.unit} in the block" if pattern.shape[-1] < len(tokens) else shown.unit),
         )
     )  # fmt: skip
     block = -(-len(tokens) // pattern.shape[-1])
     largest = "the value farthest from zero" if shown.signed else "the maximum"
-    frame(fig, shown.title, f"each cell: {largest} over about {block} x {block} tokens", height=660)
+    rule = f"each cell: {largest} over about {block} x {block} tokens" if block > 1 else shown.subtitle
+    frame(fig, shown.title, rule, height=660)
     fig.update_xaxes(title="key position (tokens)", showgrid=False, zeroline=False)
     fig.update_yaxes(title="query position (tokens)", autorange="reversed", showgrid=False, zeroline=False)
     return fig
+
+
+def mark_targets(fig: go.Figure, queries: Sequence[int], keys: Sequence[int]) -> go.Figure:
+    """Dots where a perfect head of some kind would look."""
+    look = {"symbol": "circle-open", "size": 6, "color": SELECTED, "line": {"width": 1.5}}
+    return fig.add_trace(
+        go.Scatter(x=keys, y=queries, mode="markers", marker=look, hoverinfo="skip", showlegend=False, name="targets")
+    )
 
 
 def looks_by_layer(
