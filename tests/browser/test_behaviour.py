@@ -19,7 +19,7 @@ from browser_tools import (  # noqa: E402
 from playwright.sync_api import Page, expect  # noqa: E402
 
 PAGES = {
-    "overview": "Overview",
+    "": "Overview",
     "attention": "Attention",
     "ssm_state": "SSM state",
     "router": "Router",
@@ -58,7 +58,7 @@ def test_a_prompt_with_markup_shows_as_text(open_page, path):
 
 @pytest.mark.parametrize("name", ["/etc", "../../../etc", "//127.0.0.1/share", "~"])
 def test_a_link_opens_no_other_directory(open_page, bare_checkpoint, name):
-    page = open_page("overview", model=name)
+    page = open_page(model=name)
     settle(page)
     chosen = page.get_by_role("combobox", name="Model").first
     expect(chosen).not_to_have_value(name)
@@ -93,7 +93,7 @@ def test_screenshots_of_every_page(browser, server, scheme):
             page.goto(f"{server}/{path}?model={PACKAGED}")
             expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
             settle(page)
-            picture = SCREENSHOTS / f"{path}-{scheme}.png"
+            picture = SCREENSHOTS / f"{path or 'overview'}-{scheme}.png"
             page.screenshot(path=picture)
             assert picture.stat().st_size > 10_000, "an empty page is smaller"
             no_exception(page)
