@@ -113,7 +113,8 @@ def _plain(text: str | None) -> str | None:
     if text is None:
         return None
     text = MARKUP.sub(" ", text.replace("<br>", "; "))
-    return text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").strip()
+    text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    return " ".join(text.split())
 
 
 def _panels(fig: go.Figure) -> dict[str, str]:

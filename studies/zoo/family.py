@@ -36,7 +36,7 @@ SEEDED = ("jamba-micro", "jamba-micro-1to3", "mamba-micro", "attention-micro")
 """Recipes that are trained from all ``SEEDS``; the others from the first of them."""
 SEEDS = (0, 1, 2)
 KEEPING = ("jamba-micro", "mamba-micro")
-"""Recipes whose runs from the first seed keep snapshots on the way."""
+"""Recipes whose runs keep snapshots on the way."""
 SEARCH = "search.json"
 POLL_SECONDS = 1.0
 TRIES = 2
@@ -53,7 +53,14 @@ def seed_jobs(name: str, runs: Path, learning_rate: float | None) -> list[Job]:
     """The runs from the other seeds, at the rate that the search has chosen."""
     seeds = SEEDS[1:] if name in SEEDED else ()
     return [
-        Job(name=name, directory=runs / name / f"seed-{seed}", seed=seed, learning_rate=learning_rate) for seed in seeds
+        Job(
+            name=name,
+            directory=runs / name / f"seed-{seed}",
+            seed=seed,
+            learning_rate=learning_rate,
+            snapshots=name in KEEPING,
+        )
+        for seed in seeds
     ]
 
 

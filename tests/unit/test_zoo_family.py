@@ -167,7 +167,8 @@ def test_what_is_over_is_not_trained_again(started, tmp_path):
     zoo_family.train(Family(["jamba-micro"], tmp_path), 1, silent)
     assert len(started) == count
     assert "--snapshots" in zoo_family.search_job("jamba-micro", tmp_path, 1e-3).arguments()
-    assert "--snapshots" not in zoo_family.seed_jobs("jamba-micro", tmp_path, 1e-3)[0].arguments()
+    assert "--snapshots" in zoo_family.seed_jobs("jamba-micro", tmp_path, 1e-3)[0].arguments()
+    assert "--snapshots" not in zoo_family.seed_jobs("attention-micro", tmp_path, 1e-3)[0].arguments()
 
 
 def test_a_run_of_another_curriculum_is_refused(started, tmp_path, monkeypatch):
