@@ -49,6 +49,8 @@ def page(view: View) -> None:
         start="Score heads",
         automatic=True,
     )
+    if found is None:
+        return
     on_prompt = work.result(
         "head scores on the prompt",
         view.key,
@@ -56,7 +58,7 @@ def page(view: View) -> None:
         start="Score heads on the prompt",
         automatic=True,
     )
-    if found is None or on_prompt is None:
+    if on_prompt is None:
         return
     random, prompt = found.value, on_prompt.value
     score = prompt.get(name, None) if source == PROMPT and name != results.OV else random.get(name)
@@ -67,7 +69,7 @@ def page(view: View) -> None:
     _start_at(order[0])
     _maps(view, name, source, score, random, prompt, order)
     _table(view, order, random, prompt)
-    layer, head = _one_head(view, name, drawn)
+    layer, head = _one_head(view, name, drawn, random, prompt)
     more = _ablation(view, name, drawn, order)
     shown = tuple(key for key in prompt if key in results.NAMES.values())
     widgets.code(view, results.code(drawn, layer, head, shown) + more)
@@ -80,20 +82,21 @@ def _why_none(source: str) -> str:
 
 
 def _settings(view: View) -> tuple[str, str, Drawn]:
-    left, middle, third, fourth, fifth = st.columns([6, 3, 2, 2, 2], gap="medium")
+    left, right = st.columns([3, 2], gap="medium")
     with left:
         name = widgets.choose("Score", results.ALL, "induction_score", "Which heads are ranked by.")
-    with middle:
+    with right:
         source = widgets.choose(
             "Measured on", (RANDOM, PROMPT), "scored_on", "Copying (OV) is of the weights: the same on any tokens."
         )
-    with third:
+    left, middle, right, _ = st.columns([2, 2, 2, 9], gap="medium")
+    with left:
         length = widgets.choose_layer(
             results.lengths(view.model), "random_length", "Random tokens", "So many different ones, said twice."
         )
-    with fourth:
+    with middle:
         sequences = widgets.choose_layer((32, 8, 128), "random_sequences", "Sequences")
-    with fifth:
+    with right:
         seed = widgets.choose_layer(tuple(range(10)), "random_seed", "Seed")
     return name, source, Drawn(sequences, length, seed)
 
@@ -187,28 +190,41 @@ def _table(view: View, order: list[Head], random: dict[str, Score], prompt: dict
 # -- one head --------------------------------------------------------------------------------------------------
 
 
-def _one_head(view: View, name: str, drawn: Drawn) -> Head:
-    st.subheader("One head on the random tokens")
+def _one_head(view: View, name: str, drawn: Drawn, random: dict[str, Score], prompt: dict[str, Score]) -> Head:
+    st.subheader("One head")
     config = view.model.config
-    left, middle, right = st.columns([2, 2, 8], gap="medium", vertical_alignment="bottom")
-    with left:
-        layer = widgets.choose_layer(config.attention_layers, "attention_layer", "Layer")
-    with middle:
-        head = widgets.choose_layer(tuple(range(config.n_heads)), "head", "Head")
+    pattern, beside = st.columns([6, 5], gap="medium")
+    with beside:
+        left, right = st.columns(2, gap="medium")
+        with left:
+            layer = widgets.choose_layer(config.attention_layers, "attention_layer", "Layer")
+        with right:
+            head = widgets.choose_layer(tuple(range(config.n_heads)), "head", "Head")
+        _scores_of(results.rows_of(config.attention_layers, (layer, head), random, prompt))
     found = results.example(view, drawn, layer, head)
-    shown = figures.of_head(layer, head)
+    title = f"Layer {layer}, head {head}, on the first of the random sequences"
     if len(found.ids) <= MAX_NAMED_TOKENS:
-        fig = figures.token_pattern(found.pattern, shown, found.texts, found.texts)
+        fig = figures.token_pattern(found.pattern, figures.Shown(title), found.texts, found.texts)
     else:
-        fig = figures.pooled(figures.pool(found.pattern, figures.LARGE_CELLS), shown, found.texts)
-    with right:
+        fig = figures.pooled(figures.pool(found.pattern, figures.LARGE_CELLS), figures.Shown(title), found.texts)
+    if name in found.targets:
+        figures.mark_targets(fig, *found.targets[name])
+    with pattern:
+        widgets.show(fig, "random_pattern")
+    with beside:
         if name in found.targets:
-            figures.mark_targets(fig, *found.targets[name])
-            st.caption(f"The first of the sequences. Circles: where a head of the kind “{name}” would look.")
-        else:
-            st.caption("The first of the sequences.")
-    widgets.show(fig, "random_pattern")
+            st.caption(f"Circles in the pattern: where a head of the kind “{name}” would look, and nowhere else.")
+        st.caption("Fewer random tokens (above) show which is which by name.")
     return layer, head
+
+
+def _scores_of(rows: list[dict]) -> None:
+    number = st.column_config.NumberColumn
+    columns = {"score": st.column_config.TextColumn("Score"), "interval": st.column_config.TextColumn("95 % interval")}
+    for key, title in (("random", "Random tokens"), ("control", "Control"), ("prompt", "This prompt")):
+        columns[key] = number(title, format="%.3f")
+    columns["chance"] = st.column_config.TextColumn("Chance")
+    widgets.table(rows, "scores_of_head", columns)
 
 
 # -- confirmation ----------------------------------------------------------------------------------------------

@@ -142,6 +142,23 @@ def rows(
     return found
 
 
+def rows_of(layers: Sequence[int], head: Head, random: dict[str, Score], prompt: dict[str, Score]) -> list[dict]:
+    """Every score of one head: on random tokens with interval, control and chance, and on the prompt."""
+    at, found = (list(layers).index(head[0]), head[1]), []
+    for name, score in random.items():
+        row = {"score": name, "random": float(score.values[at])}
+        if score.low is not None and score.high is not None:
+            row["interval"] = f"{score.low[at]:.3f} to {score.high[at]:.3f}"
+        if score.control is not None:
+            row["control"] = float(score.control[at])
+        if name in prompt:
+            row["prompt"] = float(prompt[name].values[at])
+        if score.chance is not None:
+            row["chance"] = " to ".join(f"{end:.3f}" for end in sorted(set(score.chance)))
+        found.append(row)
+    return found
+
+
 # -- one head --------------------------------------------------------------------------------------------------
 
 
