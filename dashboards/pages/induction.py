@@ -30,6 +30,14 @@ MEANINGS = {
     results.LOGIT: "of the logits that the head raises, the share of the tokens attended to, as 2 share - 1",
 }
 
+SHORT = {
+    **{name: name for name in results.ALL},
+    "previous token": "previous",
+    results.OV: "weights",
+    results.LOGIT: "logits",
+}
+"""For the heads of columns."""
+
 
 def page(view: View) -> None:
     st.title("Induction")
@@ -130,7 +138,7 @@ def _maps(
             for row, layer in enumerate(layers)
         ]
         fig = score_map(
-            f"{name.capitalize()}, on {where}", MEANINGS[name], layers, score.values, hover,
+            f"{name[0].upper()}{name[1:]}, on {where}", MEANINGS[name], layers, score.values, hover,
             [chosen] if chosen[0] in layers else [], f"{name} score", signed=signed, clickable=True,
         )  # fmt: skip
         widgets.show(fig, "score_map", on_select=_take_head, selection_mode="points")
@@ -181,9 +189,10 @@ def _table(view: View, order: list[Head], random: dict[str, Score], prompt: dict
     rows = results.rows(view.model.config.attention_layers, order, random, prompt)
     columns = {name: number(name.capitalize(), width="small") for name in ("rank", "layer", "head")}
     for name in random:
-        columns[name] = number(name.capitalize(), format="%.3f", help=MEANINGS[name])
+        columns[name] = number(SHORT[name].capitalize(), format="%.3f", help=f"{name}: {MEANINGS[name]}")
     for name in prompt:
-        columns[f"{name}, prompt"] = number(f"{name.capitalize()}, prompt", format="%.3f", help=MEANINGS[name])
+        about = f"{name} on this prompt: {MEANINGS[name]}"
+        columns[f"{name}, prompt"] = number(f"Prompt {SHORT[name]}", format="%.3f", help=about)
     widgets.table(rows, "head_scores", columns, height=min(35 * (len(rows) + 1) + 3, 318))
 
 
@@ -193,7 +202,7 @@ def _table(view: View, order: list[Head], random: dict[str, Score], prompt: dict
 def _one_head(view: View, name: str, drawn: Drawn, random: dict[str, Score], prompt: dict[str, Score]) -> Head:
     st.subheader("One head")
     config = view.model.config
-    pattern, beside = st.columns([6, 5], gap="medium")
+    pattern, beside = st.columns(2, gap="medium")
     with beside:
         left, right = st.columns(2, gap="medium")
         with left:
@@ -219,12 +228,15 @@ def _one_head(view: View, name: str, drawn: Drawn, random: dict[str, Score], pro
 
 
 def _scores_of(rows: list[dict]) -> None:
-    number = st.column_config.NumberColumn
-    columns = {"score": st.column_config.TextColumn("Score"), "interval": st.column_config.TextColumn("95 % interval")}
-    for key, title in (("random", "Random tokens"), ("control", "Control"), ("prompt", "This prompt")):
-        columns[key] = number(title, format="%.3f")
-    columns["chance"] = st.column_config.TextColumn("Chance")
-    widgets.table(rows, "scores_of_head", columns)
+    titles = {
+        "score": "Score",
+        "random": "Random tokens",
+        "interval": "95 % interval",
+        "chance": "Chance",
+        "control": "Control",
+        "prompt": "This prompt",
+    }
+    widgets.table(rows, "scores_of_head", {key: st.column_config.TextColumn(title) for key, title in titles.items()})
 
 
 # -- confirmation ----------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from jambascope.dashboards.session import View
 from jambascope.dashboards.work import Report
 from jambascope.hooks.copying import LogitCopying, OVCopying, logit_copying, ov_copying
 from jambascope.hooks.heads import (
-    KINDS,
     HeadScores,
     detection_pattern,
     drawable_tokens,
@@ -80,7 +79,7 @@ def on_random_tokens(model: HookedJamba, drawn: Drawn, report: Report) -> dict[s
     if not report(0.0, "scores by attention"):
         return {}
     found = score_heads(model, tokens, progress=lambda share: report(0.5 * share))
-    scores = {NAMES[kind]: _of_attention(one) for kind, one in found.items()}
+    scores = {name: _of_attention(found[kind]) for kind, name in NAMES.items()}
     if not report(0.5, "copying by weights", scores):
         return scores
     scores[OV] = _of_weights(ov_copying(model))
@@ -109,7 +108,7 @@ def _of_logits(found: LogitCopying) -> Score:
 
 def on_prompt(view: View, report: Report) -> dict[str, Score]:
     """The scores that the prompt has something to look at for; those of weights are the same as on any tokens."""
-    kinds = [kind for kind in KINDS if has_targets(kind, view.tokens)]
+    kinds = [kind for kind in NAMES if has_targets(kind, view.tokens)]
     scores = {}
     if kinds and report(0.0, "scores on the prompt"):
         found = score_heads(view.model, view.tokens, kinds, control=False)
@@ -146,15 +145,11 @@ def rows_of(layers: Sequence[int], head: Head, random: dict[str, Score], prompt:
     """Every score of one head: on random tokens with interval, control and chance, and on the prompt."""
     at, found = (list(layers).index(head[0]), head[1]), []
     for name, score in random.items():
-        row = {"score": name, "random": float(score.values[at])}
-        if score.low is not None and score.high is not None:
-            row["interval"] = f"{score.low[at]:.3f} to {score.high[at]:.3f}"
-        if score.control is not None:
-            row["control"] = float(score.control[at])
-        if name in prompt:
-            row["prompt"] = float(prompt[name].values[at])
-        if score.chance is not None:
-            row["chance"] = " to ".join(f"{end:.3f}" for end in sorted(set(score.chance)))
+        row = {"score": name, "random": f"{score.values[at]:.3f}"}
+        row["interval"] = "" if score.low is None else f"{score.low[at]:.3f} to {score.high[at]:.3f}"
+        row["chance"] = " to ".join(f"{end:.3f}" for end in sorted(set(score.chance or ())))
+        row["control"] = "" if score.control is None else f"{score.control[at]:.3f}"
+        row["prompt"] = f"{prompt[name].values[at]:.3f}" if name in prompt else ""
         found.append(row)
     return found
 

@@ -55,6 +55,21 @@ def choose(page: Page, label: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
+def click_point(page: Page, key: str, trace: int, point: int) -> None:
+    """Click on a point (or the end of a bar) of a figure, as a person would: the mouse comes from elsewhere."""
+    plot = figure(page, key)
+    plot.scroll_into_view_if_needed()
+    x, y = plot.evaluate(
+        """(e, [trace, i]) => { const t = e._fullData[trace], box = e.getBoundingClientRect();
+        const {xaxis, yaxis} = e._fullLayout, inside = t.type === "bar" ? 3 : 0;
+        return [box.x + xaxis._offset + xaxis.d2p(t.x[i]) - inside, box.y + yaxis._offset + yaxis.d2p(t.y[i])]; }""",
+        [trace, point],
+    )
+    page.mouse.move(x - 4, y - 4)
+    page.mouse.move(x, y)
+    page.mouse.click(x, y)
+
+
 def cells(page: Page, key: str, column: int) -> list[str]:
     """One column of a table, from the accessible copy that it keeps inside its canvas."""
     rows = page.locator(f".st-key-{key} canvas [role=row] [role=gridcell]:nth-child({column + 1})")

@@ -64,34 +64,6 @@ def test_overview_shows_layers_tokens_and_what_comes_next(open_page, model):
     no_exception(page)
 
 
-def test_attention_follows_prompt_selection_and_click(open_page, model):
-    page = open_page("attention", model=PACKAGED)
-    type_prompt(page, PROMPT)
-    layer = model.config.attention_layers[0]
-    expect(figure(page, "head_pattern")).to_contain_text("gripping 4")
-    assert axis_names(page, "head_pattern")[1:] == [f"{t} {i}" for i, t in enumerate(words(model, PROMPT))][1:]
-    choose(page, "Head", "2")
-    wait_for_title(page, "head_pattern", f"Layer {layer}, head 2")
-    expect_query(page, head="2")
-    with torch.no_grad():
-        _, cache = model.run_with_cache(PROMPT, names_filter=f"blocks.{layer}.attn.hook_pattern")
-    pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0, 2].float().numpy()
-    expect_heat(page, "head_pattern", pattern)
-    grid = figure(page, "head_grid")
-    grid.scroll_into_view_if_needed()
-    x, y = grid.evaluate(
-        """(e) => { const t = e._fullData[1], i = t.customdata.findIndex(c => c[1] === 1) + 12;
-        const box = e.getBoundingClientRect(), {xaxis, yaxis} = e._fullLayout;
-        return [box.x + xaxis._offset + xaxis.d2p(t.x[i]), box.y + yaxis._offset + yaxis.d2p(t.y[i])]; }"""
-    )
-    page.mouse.move(x - 4, y - 4)
-    page.mouse.move(x, y)
-    page.mouse.click(x, y)
-    wait_for_title(page, "head_pattern", f"Layer {layer}, head 1")
-    expect_query(page, head="1")
-    no_exception(page)
-
-
 def test_ssm_state_follows_layer_and_position(open_page, model):
     page = open_page("ssm_state", model=PACKAGED)
     type_prompt(page, PROMPT)
