@@ -17,7 +17,7 @@ PROMPT, PACKAGED, FILES = "this prompt", "packaged language", "text files"
 SHARES, BEYOND = "share", "beyond independence"
 MEGABYTES = 2
 MOST_FILES = 8
-SHOWN_TOKENS = 24
+SHOWN_TOKENS = 16
 
 
 def show(view: View, layer: int) -> None:
@@ -76,9 +76,14 @@ def _of_text(view: View, layer: int, least: int, windows: int, files: tuple[resu
     read = found.value
     key = (asked, len(read.domains), layer)
     _about(read, layer)
-    _domains((asked, len(read.domains)), read, layer)
+    left, right = st.columns(2, gap="medium")
+    with left:
+        _together(key, read.routes[layer], layer)
+    with right:
+        _domains((asked, len(read.domains)), read, layer)
+    if len(read.names) > 1:
+        _every_layer((asked, len(read.domains)), read)
     shown = _words(view, key, read.routes[layer], layer, least)
-    _together(key, read.routes[layer], layer)
     length = min(results.LENGTH, view.model.config.n_ctx)
     lines = results.text_code(layer, shown, windows, length, [file.name for file in files])
     widgets.code(view, lines, prompt=False)
@@ -97,20 +102,24 @@ def _domains(key: tuple, read: results.Read, layer: int) -> None:
     if len(read.names) == 1:
         st.caption("One file is one domain: give several to compare what they use.")
         return
-    of_layer = {i: results.domains(key, i, read) for i in read.routes}
-    found = of_layer[layer]
+    found = results.domains(key, layer, read)
     names = [read.names[i] for i in found.labels.tolist()]
-    shares = {i: own.share.numpy() for i, own in of_layer.items()}
-    fig = figures.domain_shares("Domains and experts, every layer", shares, names, found.chance)
-    widgets.show(fig, "domain_shares")
-    widgets.show(figures.specialization(found.share.numpy(), names, found.chance, layer), "domain_layer")
     row, expert = divmod(int((found.share - found.overall).argmax()), found.share.shape[1])
     st.caption(
         f"Most beyond what all domains share: {found.share[row, expert]:.0%} of the tokens of "
         f"{widgets.plain(names[row])} use expert {expert} [{found.low[row, expert]:.0%}, "
-        f"{found.high[row, expert]:.0%}: 95 % over windows]; of all tokens {found.overall[expert]:.0%} do, and an even "
-        f"choice would be {found.chance:.0%}."
+        f"{found.high[row, expert]:.0%}: 95 % over windows]; of all tokens {found.overall[expert]:.0%} do."
     )
+    widgets.show(figures.specialization(found.share.numpy(), names, found.chance, layer), "domain_layer")
+
+
+def _every_layer(key: tuple, read: results.Read) -> None:
+    of_layer = {i: results.domains(key, i, read) for i in read.routes}
+    first = of_layer[min(of_layer)]
+    names = [read.names[i] for i in first.labels.tolist()]
+    shares = {i: found.share.numpy() for i, found in of_layer.items()}
+    fig = figures.domain_shares("Domains and experts, every layer", shares, names, first.chance)
+    widgets.show(fig, "domain_shares")
 
 
 def _words(view: View, key: tuple, route: Routing, layer: int, least: int) -> int:
@@ -122,9 +131,11 @@ def _words(view: View, key: tuple, route: Routing, layer: int, least: int) -> in
     rows = [{"expert": e, "load": 100 * loads[e], "tokens": _listed(shown, own, e)} for e, own in enumerate(shown.top)]
     number = st.column_config.NumberColumn
     columns = {
-        "expert": number("Expert", width=60),
-        "load": number("Load (% of choices)", width=120, format="%.1f"),
-        "tokens": st.column_config.TextColumn("Its tokens: the share of them that uses it (how many there are)"),
+        "expert": number("Expert", width="small"),
+        "load": number("Load (% of choices)", width="small", format="%.1f"),
+        "tokens": st.column_config.TextColumn(
+            "Its tokens: the share of them that uses it (how many there are)", width=900
+        ),
     }
     widgets.table(rows, "expert_tokens", columns)
     st.caption(

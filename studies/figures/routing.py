@@ -247,12 +247,12 @@ def coactivation(
         z, unit = share, "share of the row's tokens"
         top = max(float(np.nanmax(share)) if np.isfinite(share).any() else 1.0, chance, 1e-9)
         scale = dict(zmin=0, zmax=top, colorscale=_around(min(chance / top, 1.0)))
-        said = f"share of the row's tokens; white: {chance:.3g}, what an even choice gives; darker blue: more often"
+        said = f"share of the row's tokens; white: {chance:.3g}, what an even choice gives"
     else:
         z, unit = share - expected, "share beyond independence"
         limit = float(np.nanmax(np.abs(z))) if np.isfinite(z).any() else 1.0
         scale = dict(zmin=-(limit or 1.0), zmax=limit or 1.0, colorscale=SIGNED)
-        said = "share of the row's tokens less that of independent choices with the same loads; blue: more often"
+        said = "share of the row's tokens, less that of independent choices with these loads"
     number = "%{z:.2f}" if expected is None else "%{z:+.2f}"
     fig = go.Figure(
         go.Heatmap(
