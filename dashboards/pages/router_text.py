@@ -132,7 +132,7 @@ def _words(view: View, key: tuple, route: Routing, layer: int, least: int) -> in
     number = st.column_config.NumberColumn
     columns = {
         "expert": number("Expert", width="small"),
-        "load": number("Load (% of choices)", width="small", format="%.1f"),
+        "load": number("Load (%)", width="small", format="%.1f", help="Share of all choices"),
         "tokens": st.column_config.TextColumn(
             "Its tokens: the share of them that uses it (how many there are)", width=900
         ),
