@@ -1,4 +1,5 @@
-"""What a model expects next: the table of likely tokens, its entropy, and the surprisal of what came.
+"""What a model expects next: the table of likely tokens, its entropy, the surprisal of what came; and how two runs
+differ in it.
 
 Axes: T position, V vocabulary.
 """
@@ -70,3 +71,45 @@ def surprisal(
     """-ln p(token) in nats of every token but the first, each predicted from the tokens before it: [T-1]."""
     log_p = logits[:-1].float().log_softmax(-1)
     return -log_p.gather(-1, tokens[1:, None].to(log_p.device))[:, 0]
+
+
+# -- two runs ------------------------------------------------------------------------------------------------
+
+
+def divergence(
+    before: Float[torch.Tensor, "*pos vocab"], after: Float[torch.Tensor, "*pos vocab"]
+) -> Float[torch.Tensor, "*pos"]:
+    """KL(before || after) of next-token distributions, in nats, from logits: what it costs to expect what ``after``
+    says where ``before`` is right. 0 when they agree; in float64, never below 0."""
+    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    known = p > -torch.inf  # what never comes costs nothing
+    return torch.where(known, p.exp() * (p - q), 0).sum(-1).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class ChangedToken:
+    """One candidate for the next position in two runs."""
+
+    token_id: int
+    text: str
+    before: float
+    """Probability."""
+    after: float
+
+
+def changed_tokens(
+    model: HookedJamba, before: Float[torch.Tensor, " vocab"], after: Float[torch.Tensor, " vocab"], k: int = 8
+) -> list[ChangedToken]:
+    """The ``k`` likeliest next tokens of either run, likeliest before first: at most 2 k.
+
+    Args:
+        before: logits [V] at one position.
+        after: of the other run, at the same position.
+
+    Raises:
+        InputError: ``k`` below 1, or logits of more than one position.
+    """
+    ids = {c.token_id: c.text for logits in (before, after) for c in next_tokens(model, logits, k)}
+    p, q = before.float().softmax(-1), after.float().softmax(-1)
+    found = [ChangedToken(i, text, float(p[i]), float(q[i])) for i, text in ids.items()]
+    return sorted(found, key=lambda token: (-token.before, -token.after))

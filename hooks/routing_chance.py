@@ -107,6 +107,25 @@ def chance_variation(tokens: int, slots: int, experts: int, distinct: bool = Tru
     return math.sqrt((experts - (slots if distinct else 1)) / (slots * tokens))
 
 
+def load_range(tokens: int, slots: int, experts: int) -> tuple[float, float]:
+    """The middle 95 % of one expert's load f_e by chance: of n_e / (k T), n_e binomial(T, k / X).
+
+    Raises:
+        InputError: numbers below 1, or more slots than experts.
+    """
+    if not 1 <= slots <= experts or tokens < 1:
+        raise InputError(
+            f"tokens={tokens}, slots={slots}, experts={experts}: need tokens >= 1 and 1 <= slots <= experts"
+        )
+    if slots == experts:
+        return 1 / experts, 1 / experts
+    counts = torch.arange(tokens + 1, dtype=torch.float64)
+    share = torch.tensor(slots / experts, dtype=torch.float64)
+    reached = torch.distributions.Binomial(tokens, share).log_prob(counts).exp().cumsum(0)
+    low, high = (int((reached < tail).sum()) for tail in (0.025, 0.975))
+    return low / (slots * tokens), high / (slots * tokens)
+
+
 def load_chance(routing: Routing, draws: int = 2000, seed: int = 0, distinct: bool = True) -> dict[str, Chance]:
     """Measure of load -> what chance gives for as many tokens, slots and experts (all of ``LOAD_MEASURES``).
 

@@ -314,6 +314,14 @@ def vocabulary_specialization(
     )
 
 
+def top_items(found: VocabularySpecialization, count: int) -> Int[torch.Tensor, "experts count"]:
+    """Rows of ``found`` whose tokens choose each expert most, first those with the largest share (of equal shares the
+    more frequent): [X count], or as many as there are."""
+    most = found.tokens.double() / (1 + found.tokens.sum())
+    order = (found.share + 1e-9 * most[:, None]).argsort(dim=0, descending=True, stable=True)
+    return order[:count].T
+
+
 # -- table --------------------------------------------------------------------------------------------------
 
 

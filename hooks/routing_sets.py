@@ -141,6 +141,16 @@ def saturation(
     )
 
 
+def overlap(before: Routing, after: Routing) -> Float[torch.Tensor, " tokens"]:
+    """Share of each token's experts that both routings of one layer chose: 1 where the sets are the same.
+
+    Raises:
+        InputError: other tokens, or other numbers of experts or slots.
+    """
+    _check_same(before, after)
+    return (chosen_experts(before) & chosen_experts(after)).double().sum(1) / before.experts_per_token
+
+
 def _check_same(a: Routing, b: Routing) -> None:
     shapes = [(len(r), r.experts_per_token, r.num_experts) for r in (a, b)]
     if shapes[0] != shapes[1]:

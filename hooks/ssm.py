@@ -187,6 +187,32 @@ def group_retention(
     return torch.stack([retention(A[members], dt[:, members], end).mean((1, 2)) for members in groups])
 
 
+def survival(
+    A: Float[torch.Tensor, "channels states"], dt: Float[torch.Tensor, "pos channels"], start: int
+) -> Float[torch.Tensor, "later channels states"]:
+    """What share of the write at ``start`` is left after each position from there on: [T-start E N].
+
+    exp(A[e, n] * sum of dt over start+1..i): 1 at ``start`` itself, where it has been written.
+
+    Raises:
+        InputError: ``start`` is not a position of the prompt.
+    """
+    if not 0 <= start < len(dt):
+        raise InputError(f"start={start!r} must be a position in 0..{len(dt) - 1}")
+    elapsed = torch.cat([torch.zeros_like(dt[:1]), dt[start + 1 :].cumsum(0)])
+    return torch.exp(elapsed[:, :, None] * A)
+
+
+def group_survival(
+    A: Float[torch.Tensor, "channels states"],
+    dt: Float[torch.Tensor, "pos channels"],
+    start: int,
+    groups: list[Int[torch.Tensor, " members"]],
+) -> Float[torch.Tensor, "groups later"]:
+    """Mean survival over the entries of each group of channels, [G T-start]; one group at a time is held."""
+    return torch.stack([survival(A[members], dt[:, members], start).mean((1, 2)) for members in groups])
+
+
 def over_positions(states: Float[torch.Tensor, "channels pos states"]) -> Float[torch.Tensor, "pos entries"]:
     """A layer's states as one matrix, [T E N]: a row for each position, each entry less its mean over positions."""
     rows = rearrange(states, "e t n -> t (e n)")

@@ -111,17 +111,47 @@ def _windows(model: HookedJamba, name: str, prompts: int, length: int, rng: np.r
         words = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"text={name!r} cannot be read as UTF-8 text ({e}); give another file") from None
-    ids = torch.tensor(model.tokenizer(words, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    bos = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
-    room = length - len(bos)
+    ids = _ids(model, words)
+    room = length - len(_bos(model))
     if len(ids) // room < prompts:
         raise InputError(
             f"text={name!r} has {len(ids)} tokens, and {prompts} windows of {length} are asked for; give a longer "
             "file, or ask for fewer or shorter prompts"
         )
-    chosen = torch.from_numpy(rng.permutation(len(ids) // room)[:prompts].copy())
+    return _cut(model, ids, room, torch.from_numpy(rng.permutation(len(ids) // room)[:prompts].copy()))
+
+
+def text_windows(
+    model: HookedJamba, words: str, most: int, length: int, seed: int = 0
+) -> Int[torch.Tensor, "prompts pos"]:
+    """At most ``most`` windows of a text of any length, each of ``length`` tokens with <bos>, none overlapping, in
+    random order; a text that fills none is one shorter window.
+
+    Raises:
+        InputError: a model without a tokenizer, or a text without a token.
+    """
+    if model.tokenizer is None:
+        raise InputError("this model has no tokenizer, and text is to be read; give a checkpoint with a tokenizer")
+    ids = _ids(model, words)
+    if len(ids) == 0:
+        raise InputError("the text has no token; give some words")
+    room = min(length - len(_bos(model)), len(ids))
+    chosen = np.random.default_rng([seed, length, 5]).permutation(len(ids) // room)[:most]
+    return _cut(model, ids, room, torch.from_numpy(chosen.copy()))
+
+
+def _ids(model: HookedJamba, words: str) -> Int[torch.Tensor, " tokens"]:
+    return torch.tensor(model.tokenizer(words, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def _bos(model: HookedJamba) -> list[int]:
+    return [] if model.config.bos_token_id is None else [model.config.bos_token_id]
+
+
+def _cut(model: HookedJamba, ids: torch.Tensor, room: int, chosen: torch.Tensor) -> torch.Tensor:
+    """Chosen windows of ``room`` tokens, each after <bos>."""
     rows = ids[: len(ids) // room * room].view(-1, room)[chosen]
-    return torch.cat([torch.tensor(bos, dtype=torch.long).expand(prompts, -1), rows], 1)
+    return torch.cat([torch.tensor(_bos(model), dtype=torch.long).expand(len(rows), -1), rows], 1)
 
 
 def _distinct_names(text: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from jambascope.studies.figures.theme import (
     SECOND,
     SELECTED,
     SHARE,
+    SIGNED,
     color_bar,
     frame,
     integer_axis,
@@ -140,6 +141,33 @@ def expert_loads(loads: dict[int, Float[np.ndarray, " X"]], choices: int, layer:
     return fig
 
 
+def layer_load(
+    load: Float[np.ndarray, " X"], choices: int, layer: int, chance: tuple[float, float] | None = None
+) -> go.Figure:
+    """Load of each expert of one layer beside the balanced line, and what an even choice gives by chance.
+
+    Args:
+        load: f_e, which sums to 1.
+        choices: tokens x slots, k T.
+        chance: the middle 95 % of one expert's load when every token chooses evenly.
+    """
+    experts = len(load)
+    fig = go.Figure()
+    if chance is not None:
+        low, high = (100 * end for end in chance)
+        fig.add_hrect(y0=low, y1=high, fillcolor=GUIDE, opacity=0.3, line_width=0, layer="below")
+    counts = [f"expert {e}<br>{round(float(f) * choices)} of {choices} choices" for e, f in enumerate(load)]
+    fig.add_bar(
+        x=list(range(experts)), y=100 * load, marker={"color": FIRST, "line": {"width": 0}}, opacity=0.85, text=counts,
+        textposition="none", hovertemplate="%{text}<br>load %{y:.1f} %<extra></extra>", name="load",
+    )  # fmt: skip
+    fig.add_hline(y=100 / experts, line={"color": SELECTED, "width": 2, "dash": "dash"})
+    band = "" if chance is None else "; grey: 95 % of loads when tokens choose evenly by chance"
+    frame(fig, f"Load of layer {layer}", f"dashed: balanced, {100 / experts:.3g} % each{band}", height=330)
+    fig.update_xaxes(integer_axis(range(experts), "expert (index)"))
+    return fig.update_yaxes(title="load (% of choices)", rangemode="tozero")
+
+
 def certainty(
     retained: Float[np.ndarray, " T"], margin: Float[np.ndarray, " T"], tokens: Sequence[str], layer: int, position: int
 ) -> go.Figure:
@@ -166,7 +194,7 @@ def certainty(
     frame(fig, f"Certainty of the router, layer {layer}", subtitle, height=340)
     fig.update_xaxes(token_axis(tokens))
     fig.update_yaxes(title="probability (share of 1)", range=[0, 1.02])
-    return fig
+    return fig.update_layout(margin_t=98)
 
 
 def specialization(
@@ -182,10 +210,9 @@ def specialization(
     experts = shares.shape[1]
     text = [[f"{label(name)}, expert {e}" for e in range(experts)] for name in names]
     ticks = {"tickvals": [0, chance / 2, chance, (1 + chance) / 2, 1]}
-    middle = [[0, "rgb(178,24,43)"], [chance, "rgb(247,247,247)"], [1, "rgb(33,102,172)"]]
     fig = go.Figure(
         go.Heatmap(
-            z=shares, text=text, colorscale=middle, zmin=0, zmax=1, xgap=1, ygap=1, texttemplate="%{z:.2f}",
+            z=shares, text=text, colorscale=_around(chance), zmin=0, zmax=1, xgap=1, ygap=1, texttemplate="%{z:.2f}",
             hovertemplate="%{text}<br>%{z:.3f} of its tokens<extra></extra>",
             colorbar=color_bar("share of tokens", tickformat=".2f", **ticks),
         )
@@ -195,6 +222,75 @@ def specialization(
     fig.update_xaxes(integer_axis(range(experts), "expert (index)"))
     fig.update_yaxes(integer_axis([label(name) for name in names], kind))
     return fig
+
+
+def _around(chance: float) -> list[list]:
+    """Red below and blue above the share of chance, which is white and stands at ``chance`` of the scale."""
+    ends = [[0, "rgb(178,24,43)"], [chance, "rgb(247,247,247)"], [1, "rgb(33,102,172)"]]
+    return ends[:2] if chance >= 1 else ends[1:] if chance <= 0 else ends
+
+
+def coactivation(
+    share: Float[np.ndarray, "X X"], chance: float, layer: int, expected: Float[np.ndarray, "X X"] | None = None
+) -> go.Figure:
+    """How often the tokens that chose the expert of a row chose that of a column, too.
+
+    Args:
+        share: N_ij / N_i; NaN, and blank, where there is no pair.
+        chance: the share when all pairs are as frequent.
+        expected: the shares of choices that have these loads and nothing else in common; given, differences from them
+            are shown.
+    """
+    experts = len(share)
+    text = [[f"of the tokens of expert {i}<br>use expert {j} too" for j in range(experts)] for i in range(experts)]
+    if expected is None:
+        z, unit = share, "share of the row's tokens"
+        top = max(float(np.nanmax(share)) if np.isfinite(share).any() else 1.0, chance, 1e-9)
+        scale = dict(zmin=0, zmax=top, colorscale=_around(min(chance / top, 1.0)))
+        said = f"share of the row's tokens; white: {chance:.3g}, what an even choice gives"
+    else:
+        z, unit = share - expected, "share beyond independence"
+        limit = float(np.nanmax(np.abs(z))) if np.isfinite(z).any() else 1.0
+        scale = dict(zmin=-(limit or 1.0), zmax=limit or 1.0, colorscale=SIGNED)
+        said = "share of the row's tokens, less that of independent choices with these loads"
+    number = "%{z:.2f}" if expected is None else "%{z:+.2f}"
+    fig = go.Figure(
+        go.Heatmap(
+            z=z, text=text, xgap=1, ygap=1, hoverongaps=False, texttemplate=number if experts <= 16 else None,
+            hovertemplate=f"{number} %{{text}}<extra></extra>", colorbar=color_bar(unit), **scale,
+        )
+    )  # fmt: skip
+    height = 200 + max(180, min(36, 640 // experts) * experts)
+    frame(fig, f"Experts chosen together, layer {layer}", said, height=height, plot_bgcolor=BLANK)
+    fig.update_xaxes(integer_axis(range(experts), "chosen as well: expert (index)"))
+    return fig.update_yaxes(integer_axis(range(experts), "expert (index)"))
+
+
+def route_changes(
+    kept: dict[int, Float[np.ndarray, " T"]], tokens: Sequence[str], position: int | None = None
+) -> go.Figure:
+    """Which share of its experts each token lost to others in every MoE layer, between two runs.
+
+    Args:
+        kept: MoE layer -> share of each token's experts that both runs chose.
+        position: a position to mark.
+    """
+    layers = list(kept)
+    z = 1 - np.stack([kept[i] for i in layers])
+    text = [[f"layer {i}, {t} {label(token)}" for t, token in enumerate(tokens)] for i in layers]
+    fig = go.Figure(
+        go.Heatmap(
+            z=z, text=text, colorscale=SHARE, zmin=0, zmax=1, ygap=1, xgap=1 if len(tokens) <= 100 else 0,
+            hovertemplate="%{text}<br>%{z:.2f} of its experts replaced<extra></extra>",
+            colorbar=color_bar("share replaced", tickvals=[0, 0.5, 1]),
+        )
+    )  # fmt: skip
+    if position is not None:
+        fig.add_vline(x=position, line={"color": SELECTED, "width": 1.5, "dash": "dot"})
+    subtitle = f"share of a token's experts that are others after the change; mean {z.mean():.3f}"
+    frame(fig, "What happens to the routes", subtitle, height=_rows(len(layers)) + 40)
+    fig.update_xaxes(token_axis(tokens))
+    return fig.update_yaxes(integer_axis(layers, "layer (index)"))
 
 
 def use_and_need(

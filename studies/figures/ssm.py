@@ -14,6 +14,7 @@ from jambascope.studies.figures.theme import (
     GUIDE,
     SELECTED,
     SIGNED,
+    click_targets,
     color_bar,
     frame,
     integer_axis,
@@ -26,6 +27,10 @@ from jambascope.studies.figures.theme import (
 
 MAX_CHANNELS = 512
 """Columns of a channel axis; wider layers show every nth channel of the sorted order."""
+MAX_TARGETS = 4096
+"""Cells of a map up to which each can be clicked."""
+MAX_LISTED_STATES = 16
+"""States of a channel up to which a legend lists them."""
 _DECADES = [-2, -1, 0, 1, 2, 3, 4, 5, 6]
 
 
@@ -36,6 +41,8 @@ def layer_norms(
 
     Args:
         norms: Mamba layer -> root mean square of its state after each position.
+
+    A click on a cell selects a point whose ``customdata`` is ``[layer, position]``, while there are few enough cells.
     """
     layers = list(norms)
     z = np.stack([norms[i] for i in layers])
@@ -49,6 +56,11 @@ def layer_norms(
             colorbar=color_bar("state RMS"),
         )
     )
+    if z.size <= MAX_TARGETS:
+        cells = [(t, row) for row in range(len(layers)) for t in range(len(tokens))]
+        hover = [f"{text[row][t]}<br>state RMS {z[row, t]:.4g}" for t, row in cells]
+        custom = [[layers[row], t] for t, row in cells]
+        fig.add_trace(click_targets(*zip(*cells, strict=True), custom, hover, size=12))
     row = layers.index(layer)
     box = {"x0": position - 0.5, "x1": position + 0.5, "y0": row - 0.5, "y1": row + 0.5}
     fig.add_shape(type="rect", line={"color": SELECTED, "width": 3}, **box)
@@ -68,15 +80,17 @@ def group_lines(
     subtitle: str,
     unit: str,
     position: int | None = None,
+    start: int = 0,
 ) -> go.Figure:
-    """One line per group of channels over the first positions of the prompt (all, or up to some point).
+    """One line per group of channels over some of the prompt's positions.
 
     Args:
         half_lives: shortest and longest channel half-life of each group, in tokens.
         position: a position to mark.
+        start: the first of the positions that there are values of.
     """
     fig = go.Figure()
-    at = list(range(values.shape[1]))
+    at = list(range(start, start + values.shape[1]))
     hover = [f"{t} {label(tokens[t])}" for t in at]
     colors = ordered_colors(len(values))
     for group, (line, (low, high)) in enumerate(zip(values, half_lives, strict=True)):
@@ -116,13 +130,19 @@ def shown_channels(order: Int[np.ndarray, " E"]) -> Int[np.ndarray, " shown"]:
     return order[:: -(-len(order) // MAX_CHANNELS)]
 
 
-def half_lives(values: Float[np.ndarray, "E N"], order: Int[np.ndarray, " E"], edges: Sequence[int]) -> go.Figure:
+def half_lives(
+    values: Float[np.ndarray, "E N"],
+    order: Int[np.ndarray, " E"],
+    edges: Sequence[int],
+    selected: int | None = None,
+) -> go.Figure:
     """Half-life of every entry of the state on a logarithmic scale, channels from short to long.
 
     Args:
         values: [E N] in tokens.
         order: channels sorted by half-life.
         edges: places in ``order`` at which a new group of channels begins, to be marked.
+        selected: a channel to frame; a click on a cell then selects a point whose ``customdata`` is its channel.
     """
     channels = shown_channels(order)
     shown = np.clip(values[channels].T, 1e-6, 1e6)
@@ -138,6 +158,9 @@ def half_lives(values: Float[np.ndarray, "E N"], order: Int[np.ndarray, " E"], e
     step = len(order) / len(channels)
     for edge in edges:
         fig.add_vline(x=edge / step - 0.5, line={"color": "white", "width": 1})
+    if selected is not None:
+        fig.add_trace(_channel_targets(channels, text))
+        _frame_channel(fig, order, channels, selected, values.shape[1])
     frame(fig, "Decay half-life of every state entry", _channel_note(order, channels, values), height=320)
     fig.update_xaxes(_channel_axis(len(channels)))
     fig.update_yaxes(integer_axis(range(values.shape[1]), "state n (index)"))
@@ -145,9 +168,17 @@ def half_lives(values: Float[np.ndarray, "E N"], order: Int[np.ndarray, " E"], e
 
 
 def state_matrices(
-    states: Float[np.ndarray, "E T N"], order: Int[np.ndarray, " E"], tokens: Sequence[str], position: int
+    states: Float[np.ndarray, "E T N"],
+    order: Int[np.ndarray, " E"],
+    tokens: Sequence[str],
+    position: int,
+    selected: int | None = None,
 ) -> go.Figure:
-    """What stands in the state after ``position`` and at the end, on one signed scale and the same channel order."""
+    """What stands in the state after ``position`` and at the end, on one signed scale and the same channel order.
+
+    Args:
+        selected: a channel to frame; a click on a cell then selects a point whose ``customdata`` is its channel.
+    """
     channels = shown_channels(order)
     last = len(tokens) - 1
     shown = [last] if position == last else [position, last]
@@ -164,6 +195,10 @@ def state_matrices(
             row=row,
             col=1,
         )
+        if selected is not None:
+            text = [[f"channel {c}, state {n}<br>{z[n, i]:.4g}" for i, c in enumerate(channels)] for n in range(len(z))]
+            fig.add_trace(_channel_targets(channels, text), row, 1)
+            _frame_channel(fig, order, channels, selected, len(z), row=row, col=1)
     subtitle = "channels in the order of the figure above; blue is positive; colours end at the 99.5th percentile"
     frame(fig, "The state itself", subtitle, height=110 + 230 * len(shown))
     fig.update_layout(
@@ -175,6 +210,64 @@ def state_matrices(
     fig.update_xaxes(_channel_axis(len(channels)), row=len(shown))
     fig.update_yaxes(integer_axis(range(states.shape[2]), "state n (index)"))
     return fig
+
+
+def _channel_targets(channels: np.ndarray, text: Sequence[Sequence[str]]) -> go.Scatter:
+    """A point on every cell of a map of channels and states, and of wide ones on every nth row."""
+    rows = range(0, len(text), max(1, -(-len(text) * len(channels) // MAX_TARGETS)))
+    cells = [(i, n) for n in rows for i in range(len(channels))]
+    custom = [int(channels[i]) for i, _ in cells]
+    return click_targets(*zip(*cells, strict=True), custom, [text[n][i] for i, n in cells], size=12)
+
+
+def _frame_channel(
+    fig: go.Figure, order: np.ndarray, channels: np.ndarray, selected: int, states: int, **where: int
+) -> None:
+    at = int(np.flatnonzero(order == selected)[0]) // (-(-len(order) // len(channels)))
+    box = {"x0": at - 0.5, "x1": at + 0.5, "y0": -0.5, "y1": states - 0.5}
+    fig.add_shape(type="rect", line={"color": SELECTED, "width": 2}, **box, **where)
+
+
+def channel_over_time(
+    states: Float[np.ndarray, "T N"],
+    half_lives: Float[np.ndarray, " N"],
+    dt: Float[np.ndarray, " T"],
+    tokens: Sequence[str],
+    channel: int,
+    layer: int,
+    position: int,
+) -> go.Figure:
+    """The N states of one channel after every token, and below them its step sizes.
+
+    Args:
+        half_lives: of its states, in tokens; lines are coloured by them.
+        dt: step size at each token: how far the states decay there, and how strongly the token is written.
+        position: a position to mark.
+    """
+    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.72, 0.28], vertical_spacing=0.06)
+    at, hover = list(range(len(tokens))), [f"{t} {label(token)}" for t, token in enumerate(tokens)]
+    colors = ordered_colors(states.shape[1])
+    mode = "lines+markers" if len(at) <= 60 else "lines"
+    for rank, n in enumerate(np.argsort(half_lives, kind="stable")):
+        name = f"n {n}: {tokens_text(half_lives[n])}"
+        fig.add_scatter(
+            x=at, y=states[:, n], name=name, mode=mode, line={"color": colors[rank], "width": 1.5}, marker={"size": 4},
+            customdata=hover, hovertemplate=f"state {name} tokens<br>%{{customdata}}<br>%{{y:.4g}}<extra></extra>",
+            showlegend=states.shape[1] <= MAX_LISTED_STATES, row=1, col=1,
+        )  # fmt: skip
+    fig.add_bar(
+        x=at, y=dt, name="step size Δ", marker={"color": GUIDE, "line": {"width": 0}}, customdata=hover, row=2, col=1,
+        hovertemplate="%{customdata}<br>Δ %{y:.4g}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    fig.add_vline(x=position, line={"color": SELECTED, "width": 1.5, "dash": "dot"})
+    subtitle = "blue states forget first, orange ones last; a large step size Δ forgets more and writes more"
+    frame(fig, f"Channel {channel} of layer {layer}: its {states.shape[1]} states over time", subtitle, height=530)
+    side = {"orientation": "v", "x": 1.01, "xanchor": "left", "y": 1, "yanchor": "top", "traceorder": "reversed"}
+    fig.update_layout(legend=side | {"title": {"text": "state: half-life (tokens)"}, "font": {"size": 11}})
+    fig.update_xaxes(token_axis(tokens) | {"title": {"text": ""}, "showticklabels": False}, row=1)
+    fig.update_xaxes(token_axis(tokens), row=2)
+    fig.update_yaxes(title="state value", zeroline=True, zerolinecolor=GUIDE, row=1)
+    return fig.update_yaxes(title="Δ", rangemode="tozero", row=2)
 
 
 def _channel_axis(count: int) -> dict:

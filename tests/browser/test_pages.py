@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jambascope.hooks import predictions, routing, ssm
+from jambascope.hooks import predictions, routing
 
 pytest.importorskip("playwright")
 from browser_tools import (  # noqa: E402
@@ -63,46 +63,6 @@ def test_overview_shows_layers_tokens_and_what_comes_next(open_page, model):
     assert query(page)["prompt"] == PROMPT
     no_exception(page)
 
-
-def test_ssm_state_follows_layer_and_position(open_page, model):
-    page = open_page("ssm_state", model=PACKAGED)
-    type_prompt(page, PROMPT)
-    expect(figure(page, "layer_norms")).to_contain_text("gripping 4")
-    tokens = model.to_tokens(PROMPT)
-    norms = ssm.state_norms(model, tokens)
-    expect_heat(page, "layer_norms", torch.stack(list(norms.values())))
-    choose(page, "Layer", "2")
-    wait_for_title(page, "group_norms", "State size over time, layer 2")
-    slider = page.get_by_role("slider")
-    slider.press("ArrowLeft")
-    last = tokens.shape[1] - 1
-    expect(page.get_by_text(f"Position {last - 1}, token “Bob”")).to_be_visible()
-    expect_query(page, mamba_layer="2", position=str(last - 1))
-    wait_for_title(page, "retention", f"What is left of earlier states after “Bob” ({last - 1})")
-    expect(figure(page, "state_matrices")).to_contain_text("the final state")
-    captured = ssm.capture_states(model, tokens, 2)
-    order = torch.cat(ssm.channel_groups(ssm.half_life(captured.A, captured.dt)))
-    expect_heat(page, "state_matrices", captured.states[order, last - 1].T)
-    half_lives = ssm.half_life(captured.A, captured.dt)[order].T.log10().numpy()
-    expect_heat(page, "half_lives", half_lives, atol=1e-3)
-    no_exception(page)
-
-
-def test_router_shows_the_experts_of_each_token(open_page, model):
-    page = open_page("router", model=PACKAGED)
-    type_prompt(page, PROMPT)
-    expect(figure(page, "token_routes")).to_contain_text("gripping 4")
-    choose(page, "Layer", "3")
-    wait_for_title(page, "token_routes", "Experts by token, layer 3")
-    expect_query(page, moe_layer="3")
-    routes = routing.capture_routing(model, model.to_tokens(PROMPT))
-    expect_heat(page, "token_routes", routing.kept_weights(routes[3]).T)
-    loads = [routing.expert_load(r.indices, model.config.num_experts).numpy() for r in routes.values()]
-    expect_heat(page, "expert_loads", 100 * np.stack(loads))
-    expect_numbers(page, "balance", 2, [routing.summarize(r).max_violation for r in routes.values()])
-    page.get_by_role("radio", name="all probabilities").click()
-    expect(page).to_have_url(re.compile("weights=all"))
-    expect_heat(page, "token_routes", routes[3].probabilities.T)
     no_exception(page)
 
 

@@ -63,3 +63,18 @@ def test_a_single_token_surprises_nobody(model):
     with torch.no_grad():
         logits = model(torch.tensor([[3]]))
     assert predictions.surprisal(logits[0], torch.tensor([3])).shape == (0,)
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.5, 0.25])
+    got = predictions.divergence(torch.stack([p, q]).log(), torch.stack([q, q]).log() + 3)
+    torch.testing.assert_close(got, torch.tensor([0.5 * math.log(2), 0.0], dtype=torch.float64), atol=1e-7, rtol=0)
+    assert predictions.divergence(q.log(), p.log()) == math.inf
+
+
+def test_changed_tokens_are_the_likeliest_of_either_run(model):
+    before, after = torch.tensor([0.6, 0.3, 0.1, 1e-9]), torch.tensor([0.1, 1e-9, 0.3, 0.6])
+    found = predictions.changed_tokens(model, before.log(), after.log(), k=1)
+    assert [(c.token_id, c.text) for c in found] == [(0, "0"), (3, "3")]
+    assert [c.before for c in found] == pytest.approx([0.6, 0], abs=1e-6)
+    assert [c.after for c in found] == pytest.approx([0.1, 0.6])

@@ -72,6 +72,20 @@ def test_the_seed_decides():
     assert not torch.equal(one, other)
 
 
+def test_range_of_one_experts_load_is_binomial():
+    low, high = chance.load_range(40, 2, 8)
+    cumulative, ends = 0.0, []
+    for n in range(41):
+        cumulative += math.comb(40, n) * 0.25**n * 0.75 ** (40 - n)
+        ends += [n] * (len(ends) < 1 and cumulative >= 0.025) + [n] * (len(ends) == 1 and cumulative >= 0.975)
+    assert [low, high] == pytest.approx([end / 80 for end in ends])
+    assert chance.load_range(5, 1, 1) == (1, 1)
+    low, high = chance.load_range(4096, 2, 16)
+    assert low < 1 / 16 < high and high - low == pytest.approx(2 * 1.96 * math.sqrt(1 / 8 * 7 / 8 / 4096) / 2, rel=0.02)
+    with pytest.raises(InputError, match="slots=3"):
+        chance.load_range(5, 3, 2)
+
+
 def test_load_chance_of_a_small_route_is_as_enumerated():
     p = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
     route = Routing(p, torch.tensor([[0, 1], [0, 1], [0, 2]]))

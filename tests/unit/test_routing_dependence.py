@@ -211,6 +211,15 @@ def test_specialists_are_found():
     assert found.shuffled.p_value == pytest.approx(1 / 21)
 
 
+def test_top_items_are_those_whose_tokens_choose_an_expert_most():
+    """Token 0 always takes experts 0 and 1; token 1, rarer, too; token 2 takes 1 and 2."""
+    ids = torch.tensor([0] * 6 + [1] * 3 + [2] * 4)
+    route = Routing(torch.rand(13, 3), torch.where(ids[:, None] < 2, torch.tensor([0, 1]), torch.tensor([1, 2])), ids)
+    found = dependence.vocabulary_specialization(route, least=2)
+    assert dependence.top_items(found, 2).tolist() == [[0, 1], [0, 2], [2, 0]]
+    assert dependence.top_items(found, 9).shape == (3, 3)
+
+
 # -- table and mistakes -------------------------------------------------------------------------------------
 
 

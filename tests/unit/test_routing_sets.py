@@ -112,6 +112,15 @@ def test_saturation_is_as_counted(random_routing, slots):
     assert found.chance_of_loads == pytest.approx(sum(pairs) / len(pairs))
 
 
+def test_overlap_is_what_saturation_averages(random_routing):
+    a, b = (random_routing(90, 6, 3, seed) for seed in (0, 1))
+    b = Routing(b.probabilities, b.indices, a.token_ids)
+    shared = [len(set(x) & set(y)) / 3 for x, y in zip(a.indices.tolist(), b.indices.tolist(), strict=True)]
+    assert sets.overlap(a, b).tolist() == pytest.approx(shared)
+    assert float(sets.overlap(a, b).mean()) == pytest.approx(sets.saturation(a, b).overlap.value)
+    assert sets.overlap(a, a).eq(1).all()
+
+
 def test_a_checkpoint_is_saturated_by_itself(random_routing):
     route = random_routing(30, 4, 2, prompts=3)
     assert sets.saturation(route, route).overlap == (1, 1, 1)

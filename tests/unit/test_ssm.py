@@ -70,6 +70,24 @@ def test_retention_survives_fast_decay_without_overflow():
     assert got.isfinite().all() and got[-1].eq(1).all() and got[0].eq(0).all()
 
 
+def test_survival_by_hand():
+    dt = torch.tensor([[9.0], [8.0], [0.2], [0.3]])  # what is spent up to position 1 is over
+    got = ssm.survival(torch.tensor([[-1.0]]), dt, 1)[:, 0, 0]
+    torch.testing.assert_close(got, torch.exp(-torch.tensor([0.0, 0.2, 0.5])))
+    assert ssm.survival(torch.tensor([[-1.0]]), dt, 3).tolist() == [[[1.0]]]
+    with pytest.raises(InputError, match="start=4"):
+        ssm.survival(torch.tensor([[-1.0]]), dt, 4)
+
+
+def test_survival_and_retention_are_the_same_pairs_of_positions(model):
+    captured = ssm.capture_states(model, TOKENS, 0)
+    groups = ssm.channel_groups(ssm.half_life(captured.A, captured.dt))
+    later = ssm.group_survival(captured.A, captured.dt, 2, groups)
+    for end in range(2, 8):
+        earlier = ssm.group_retention(captured.A, captured.dt, end, groups)
+        torch.testing.assert_close(later[:, end - 2], earlier[:, 2])
+
+
 def test_captured_states_follow_the_recurrence(model):
     layer = 1
     captured = ssm.capture_states(model, TOKENS, layer)
