@@ -99,7 +99,9 @@ def summarized(model: str, kind: str, found: Sequence[Found]) -> list[Row]:
     names = dict.fromkeys(key for piece in found for key in piece if key[0] in MEASURES)
     empty = [np.full(len(piece[CALIBRATION, None]), np.nan) for piece in found]
     values = [
-        np.concatenate([np.asarray(piece.get(key, none), dtype=float) for piece, none in zip(found, empty, strict=True)])
+        np.concatenate(
+            [np.asarray(piece.get(key, none), dtype=float) for piece, none in zip(found, empty, strict=True)]
+        )
         for key in names
     ]
     samples = torch.from_numpy(np.stack(values, 1))

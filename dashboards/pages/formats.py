@@ -180,8 +180,8 @@ def _heads(addresses: dict[str, str], checkpoints: dict, episode: Episode, shots
     every = [look for looks in found.values() for look in looks]
     widgets.show(figures.label_rows(every, tokens, labels), "label_rows")
     st.caption(
-        f"Of each model the {results.HEADS} heads and the {results.LAYERS} Mamba layers that look at labels most (without "
-        f"heads {results.HEADS} layers). Mamba layers: hidden attention, magnitudes averaged over channels. "
+        f"Of each model the {results.HEADS} heads and the {results.LAYERS} Mamba layers that look at labels most "
+        f"(without heads {results.HEADS} layers). Mamba layers: hidden attention, magnitudes averaged over channels. "
         "Lift: over the attention to the four nearest other words. Links open the head on the Attention page."
     )
     prompt = results.prompt_of(episode, shots)

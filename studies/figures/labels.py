@@ -1,4 +1,4 @@
-"""Few-shot labels, models side by side: what is expected where a label is due, by shots, and who looks at the labels."""
+"""Few-shot labels, models side by side: what is expected where one is due, by shots, and who looks at the labels."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def by_shots(
                 marker={"color": color, "symbol": symbol, "size": 11}, legend="legend2",
             )  # fmt: skip
     fig.add_vline(x=shown, line={"color": SELECTED, "width": 1.5, "dash": "dot"})
-    frame(fig, "The episode as shots are added", "one forward pass: before each label, the reviews before are its shots")
+    frame(
+        fig, "The episode as shots are added", "one forward pass: before each label, the reviews before are its shots"
+    )
     axis = {"dtick": 1} if shots <= 20 else {"nticks": 17}
     fig.update_xaxes(range=[-0.5, shots - 0.5], showgrid=False, zeroline=False, **axis)
     fig.update_xaxes(title={"text": "shots (labelled reviews before)", "standoff": 6}, row=2)

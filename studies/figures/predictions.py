@@ -140,7 +140,7 @@ def logit_lens(lens: Lens, tokens: Sequence[str], quantity: Quantity, position: 
     subtitle = "the stream after each part, read through the final norm and the unembedding; click one to select it"
     frame(fig, "Logit lens", f"{note}{subtitle}", height=190 + max(150, 23 * len(lens.rows)))
     fig.update_xaxes(token_axis(tokens, lens.start))
-    ticks = {"tickmode": "array", "tickvals": list(range(len(lens.rows))), "ticktext": [label(r) for r in lens.rows]}
+    ticks = {"tickmode": "array", "tickvals": list(range(len(lens.rows))), "ticktext": list(lens.rows)}
     return fig.update_yaxes(title="after", showgrid=False, zeroline=False, **ticks)
 
 
@@ -157,7 +157,7 @@ def _write(fig: go.Figure, lens: Lens, shade: Float[np.ndarray, "R W"], at: Sequ
 def _lens_hover(lens: Lens, tokens: Sequence[str], row: int, column: int) -> str:
     here = row, column
     return (
-        f"{label(lens.rows[row])}, at {lens.start + column} {label(tokens[column])}<br>"
+        f"after {lens.rows[row]}, at {lens.start + column} {label(tokens[column])}<br>"
         f"likeliest: {label(lens.top[row][column])} {lens.top_probability[here]:.4f}<br>"
         f"{label(lens.targets[column])}: {lens.probability[here]:.4f}, rank {int(lens.rank[here]) + 1}<br>"
         f"entropy {lens.entropy[here]:.3f}, KL {lens.kl[here]:.3f} nats"
@@ -190,7 +190,7 @@ def contributions(
         own = [(row, c) for row, c in enumerate(shown) if c.kind == kind]
         if own:
             fig.add_bar(
-                x=[c.value for _, c in own], y=[row for row, _ in own], orientation="h", marker={"color": color},
+                x=[c.value for _, c in own], y=[row for row, _ in own], orientation="h", width=0.72, marker={"color": color},
                 name={"embed": "embedding", "rest": "all others"}.get(kind) or KIND_NAMES[kind],
                 text=[f"{c.value:+.3f}" for _, c in own], textposition="outside", cliponaxis=False,
                 customdata=[c.name for _, c in own], hovertemplate="%{customdata}: %{x:+.4f}<extra></extra>",
