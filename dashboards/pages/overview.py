@@ -110,7 +110,7 @@ def _next_token_table(view: View, result: results.Predictions, position: int) ->
 
 def _lens(view: View, position: int) -> int:
     """What each layer would predict; the first position that is shown."""
-    left, right = st.columns([5, 7], gap="medium")
+    left, right = st.columns(2, gap="medium")
     with left:
         quantity = QUANTITIES[widgets.choose("Colours", tuple(QUANTITIES), "lens_of")]
     latest, start, note = len(view.ids) - results.WINDOW, 0, ""

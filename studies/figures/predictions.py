@@ -190,7 +190,8 @@ def contributions(
         own = [(row, c) for row, c in enumerate(shown) if c.kind == kind]
         if own:
             fig.add_bar(
-                x=[c.value for _, c in own], y=[row for row, _ in own], orientation="h", width=0.72, marker={"color": color},
+                x=[c.value for _, c in own], y=[row for row, _ in own], orientation="h", width=0.72,
+                marker={"color": color},
                 name={"embed": "embedding", "rest": "all others"}.get(kind) or KIND_NAMES[kind],
                 text=[f"{c.value:+.3f}" for _, c in own], textposition="outside", cliponaxis=False,
                 customdata=[c.name for _, c in own], hovertemplate="%{customdata}: %{x:+.4f}<extra></extra>",
