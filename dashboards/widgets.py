@@ -126,9 +126,14 @@ def code(view: View, lines: str, prompt: bool = True) -> None:
     Args:
         lines: what comes after ``model`` and, unless ``prompt`` is False, ``prompt``.
     """
+    program(source(view, lines, prompt))
+
+
+def program(text: str) -> None:
+    """The same on a page that has no view: a whole program."""
     with st.expander("Show code", icon=":material/code:"):
         st.caption("These lines compute what this page shows, in Python.")
-        st.code(source(view, lines, prompt), language="python")
+        st.code(text, language="python")
 
 
 def source(view: View, lines: str, prompt: bool = True) -> str:

@@ -8,6 +8,7 @@ Components: the embedding, every attention head, Mamba mixer, dense feed-forward
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -49,11 +50,28 @@ class LogitAttribution:
         order = mean.abs().topk(min(k, len(mean))).indices.tolist()
         return [(self.labels[i], float(mean[i])) for i in order]
 
+    def by_layer(self, n_layers: int) -> Float[torch.Tensor, "layer 2 batch pos"]:
+        """What the mixer and the feed-forward of each layer add together; the embedding is in neither."""
+        sums = self.values.new_zeros(n_layers, 2, *self.values.shape[1:])
+        for label, values in zip(self.labels, self.values, strict=True):
+            place = place_of(label)
+            if place is not None:
+                sums[place] += values
+        return sums
+
     def __getitem__(self, label: str) -> Float[torch.Tensor, "batch pos"]:
         """One component's values."""
         if label not in self.labels:
             raise InputError(f"no component {label!r}; they are {', '.join(self.labels[:6])}, ...")
         return self.values[self.labels.index(label)]
+
+
+def place_of(label: str) -> tuple[int, int] | None:
+    """The layer of a component, and 0 for its mixer or 1 for its feed-forward; None of the embedding."""
+    found = re.fullmatch(r"L(\d+)([HSE])\d+|(\d+)_(mixer|mlp)_out", label)
+    if found is None:
+        return None
+    return int(found[1] or found[3]), int((found[2] or found[4]) in ("S", "E", "mlp"))
 
 
 @torch.no_grad()

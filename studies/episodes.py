@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from jambascope.errors import InputError
+from jambascope.hooks.labels import FewShotPrompt
 from jambascope.model import HookedJamba
 from jambascope.studies.prompts import check_tokenizer, tokenized
 from jambascope.studies.zoo.tasks import Task, draw
@@ -16,7 +17,7 @@ from jambascope.zoo import scoring
 from jambascope.zoo.documents import Document
 from jambascope.zoo.language import ids_of
 from jambascope.zoo.reviews import Episode
-from jambascope.zoo.words import PAD, VOCABULARY
+from jambascope.zoo.words import BOS, PAD, VOCABULARY
 
 LOGITS = 1 << 27
 """Most logits that are held at a time."""
@@ -98,3 +99,44 @@ def batches(documents: Sequence[Document] | Sequence[TokenEpisode], most: int = 
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     size = max(1, most // ids.shape[1])
     return list(zip(ids.split(size), mask.split(size), strict=True))
+
+
+def by_hand(text: str, labels: Sequence[str], answer: str) -> Episode:
+    """An episode typed in the packaged models' words, which ends where a label is wanted, such as ``Sentiment :``.
+
+    A label counts as one where it follows the word that the text ends with.
+
+    Args:
+        labels: the label set.
+        answer: the label that is wanted at the end.
+
+    Raises:
+        InputError: words that are not in the vocabulary, or an answer that is not in the label set.
+    """
+    words, labels = tuple(text.split()), tuple(dict.fromkeys(labels))
+    unknown = [word for word in dict.fromkeys([*words, *labels]) if word not in VOCABULARY]
+    if unknown:
+        raise InputError(f"{unknown[0]!r} is not a word of the packaged models; write in words of their vocabulary")
+    if not words or not labels:
+        raise InputError(f"text={text!r} with labels={list(labels)!r}: give at least one word of each")
+    if answer not in labels:
+        raise InputError(f"answer={answer!r} must be one of labels={list(labels)!r}")
+    shown = [i for i in range(1, len(words)) if words[i] in labels and words[i - 1] == words[-1]]
+    words, places = (*words, answer), (*shown, len(words))
+    before = {i: {words[j] for j in places if j < i} for i in places}
+    answers = tuple(i for i in places if words[i] in before[i])
+    return Episode("review", words, answers, labels, places, tuple(labels.index(words[i]) for i in places))
+
+
+def few_shot(episode: Episode, shots: int) -> FewShotPrompt:
+    """The prompt that ends where the label of review number ``shots`` is wanted, after as many labelled ones.
+
+    Raises:
+        InputError: fewer reviews than that, or none before it.
+    """
+    if not 1 <= shots < len(episode.label_positions):
+        raise InputError(f"shots={shots!r} must lie in 1..{len(episode.label_positions) - 1}")
+    *before, query = episode.label_positions[: shots + 1]
+    tokens = (BOS, *(VOCABULARY[word] for word in episode.words[:query]))
+    ids = tuple(VOCABULARY[word] for word in episode.labels)
+    return FewShotPrompt(tokens, tuple(i + 1 for i in before), query, ids, VOCABULARY[episode.words[query]])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import plotly.graph_objects as go
 
 from jambascope.config import JambaConfig
-from jambascope.studies.figures.theme import KIND_COLORS, KIND_NAMES, frame, integer_axis
+from jambascope.memory import readable_bytes
+from jambascope.studies.figures.theme import GUIDE, KIND_COLORS, KIND_NAMES, frame, integer_axis
 
 MAX_WRITTEN_LAYERS = 16
 """Up to so many layers their kinds are written into the boxes."""
@@ -71,3 +74,43 @@ def _summary(config: JambaConfig) -> str:
         (len(config.moe_layers), "with experts"),
     ]
     return ", ".join(f"{count} {name}" for count, name in counts if count) + f" of {config.n_layers} layers"
+
+
+MEMORY_LOOKS = {
+    "weights": ("#009E73", "solid"),
+    "KV cache": (KIND_COLORS["attention"], "solid"),
+    "SSM and convolution state": (KIND_COLORS["mamba"], "solid"),
+    "KV cache if all layers were attention": (GUIDE, "dot"),
+}
+
+
+def memory_by_length(lengths: Sequence[int], parts: Mapping[str, Sequence[int]]) -> go.Figure:
+    """What one sequence takes beside the weights, by its length; both axes are logarithmic.
+
+    Args:
+        parts: bytes of each of ``MEMORY_LOOKS`` at every length; parts that take nothing are left out.
+    """
+    fig = go.Figure()
+    for name, (color, dash) in MEMORY_LOOKS.items():
+        values = parts.get(name, [])
+        if any(values):
+            fig.add_scatter(
+                x=list(lengths), y=list(values), name=name, mode="lines+markers",
+                line={"color": color, "dash": dash, "width": 2}, customdata=[readable_bytes(v) for v in values],
+                hovertemplate=f"{name} at %{{x:,}} tokens: %{{customdata}}<extra></extra>",
+            )  # fmt: skip
+    frame(fig, "Memory by length", "one sequence, in the type of the weights; states in float32", height=380)
+    marks = {"tickmode": "array", "tickvals": list(lengths), "ticktext": [readable_length(n) for n in lengths]}
+    fig.update_xaxes(title="length of the sequence (tokens)", type="log", showgrid=False, zeroline=False, **marks)
+    highest = max([1, *(v for values in parts.values() for v in values)])
+    ticks = [1024**i * step for i in range(6) for step in (1, 32) if 1024**i * step <= 4 * highest]
+    names = [readable_bytes(tick) for tick in ticks]
+    grid = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
+    fig.update_yaxes(title="memory (bytes)", type="log", tickmode="array", tickvals=ticks, ticktext=names, **grid)
+    below = {"orientation": "h", "yanchor": "bottom", "y": 0, "yref": "container", "xanchor": "left", "x": 0}
+    return fig.update_layout(legend=below, showlegend=True, margin={"b": 110})
+
+
+def readable_length(length: int) -> str:
+    """As in ``32K``: 32 times 1024 tokens."""
+    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else f"{length:,}"

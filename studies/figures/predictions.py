@@ -1,15 +1,37 @@
-"""How well each token of a prompt was expected, and how two runs differ in that."""
+"""How well each token of a prompt was expected, what each layer expects, which components speak for a token, and how
+two runs differ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from jambascope.studies.figures.theme import FIRST, GUIDE, SECOND, SELECTED, frame, label, named, token_axis
+from jambascope.studies.figures.theme import (
+    AMOUNT,
+    FIRST,
+    GUIDE,
+    KIND_COLORS,
+    KIND_NAMES,
+    SECOND,
+    SELECTED,
+    SHARE,
+    click_targets,
+    color_bar,
+    frame,
+    label,
+    named,
+    token_axis,
+)
+
+GRID = "rgba(128,128,128,0.25)"
+WRITTEN_TOKENS = 16
+"""Up to so many positions the likeliest token is written into each cell of the lens."""
+Quantity = Literal["target", "rank", "top", "entropy", "kl"]
 
 
 def expectation(
@@ -132,3 +154,136 @@ def change_over_prompt(
     fig.update_xaxes(token_axis(tokens, title="token that is predicted (position)"), row=2)
     fig.update_yaxes(title="surprisal (nats)", rangemode="tozero", row=1)
     return fig.update_yaxes(title="KL (nats)", rangemode="tozero", row=2)
+
+
+class Lens(NamedTuple):
+    """What entries of the residual stream predict at positions of a window. R entry, W position."""
+
+    rows: tuple[str, ...]
+    """What stands before each entry, from the embedding on."""
+    start: int
+    """The first position."""
+    targets: tuple[str, ...]
+    """[W]: the token whose probability and rank are followed at each position."""
+    top: tuple[tuple[str, ...], ...]
+    """[R W]: the likeliest token."""
+    top_probability: Float[np.ndarray, "R W"]
+    probability: Float[np.ndarray, "R W"]
+    """Of the target."""
+    rank: Float[np.ndarray, "R W"]
+    """Of the target; 0 is the likeliest."""
+    entropy: Float[np.ndarray, "R W"]
+    kl: Float[np.ndarray, "R W"]
+    """From the model's own prediction."""
+
+
+_LENS = {
+    "target": ("probability", "probability of the token that follows", SHARE),
+    "rank": ("rank", "rank of the token that follows, 1 is the likeliest", AMOUNT + "_r"),
+    "top": ("top_probability", "probability of the likeliest token", SHARE),
+    "entropy": ("entropy", "entropy of the prediction (nats)", AMOUNT),
+    "kl": ("kl", "KL from the model's own prediction (nats)", AMOUNT),
+}
+
+
+def logit_lens(lens: Lens, tokens: Sequence[str], quantity: Quantity, position: int, note: str = "") -> go.Figure:
+    """The prediction of every entry of the stream (up) at every position (across), the likeliest tokens written in.
+
+    Args:
+        tokens: of the window.
+        quantity: what colours say.
+        position: the position to mark; a click selects a point whose ``customdata`` is its position.
+        note: the rule by which positions were left out, if any were.
+    """
+    field, unit, scale = _LENS[quantity]
+    values = getattr(lens, field)
+    z = np.log10(values + 1) if quantity == "rank" else values
+    end = {"target": 1.0, "top": 1.0}.get(quantity, max(float(z.max()), 1e-3))
+    at = list(range(lens.start, lens.start + len(tokens)))
+    bar = color_bar(unit)
+    if quantity == "rank":
+        bar |= {"tickvals": list(range(int(end) + 1)), "ticktext": [f"{10**i:,}" for i in range(int(end) + 1)]}
+    fig = go.Figure(
+        go.Heatmap(
+            z=z, x=at, y=list(range(len(lens.rows))), colorscale=scale, zmin=0, zmax=end, xgap=1, ygap=1,
+            hoverinfo="skip", colorbar=bar,
+        )
+    )  # fmt: skip
+    if len(tokens) <= WRITTEN_TOKENS:
+        _write(fig, lens, z / end, at, scale)
+    cells = [(row, column) for row in range(len(lens.rows)) for column in range(len(at))]
+    hover = [_lens_hover(lens, tokens, row, column) for row, column in cells]
+    places = [at[column] for _, column in cells]
+    fig.add_trace(click_targets(places, [row for row, _ in cells], places, hover, size=16))
+    if position in at:
+        box = {"x0": position - 0.5, "x1": position + 0.5, "y0": -0.5, "y1": len(lens.rows) - 0.5}
+        fig.add_shape(type="rect", line={"color": SELECTED, "width": 2}, **box)
+    subtitle = "the stream after each part, read through the final norm and the unembedding; click one to select it"
+    frame(fig, "Logit lens", f"{note}{subtitle}", height=190 + max(150, 23 * len(lens.rows)))
+    fig.update_xaxes(token_axis(tokens, lens.start))
+    ticks = {"tickmode": "array", "tickvals": list(range(len(lens.rows))), "ticktext": list(lens.rows)}
+    return fig.update_yaxes(title="after", showgrid=False, zeroline=False, **ticks)
+
+
+def _write(fig: go.Figure, lens: Lens, shade: Float[np.ndarray, "R W"], at: Sequence[int], scale: str) -> None:
+    """The likeliest tokens: dark on light cells, light on dark ones, whatever the page."""
+    light = shade < 0.45 if scale.endswith("_r") else shade > 0.55
+    for color, where in (("#1c2733", light), ("#ffffff", ~light)):
+        rows, columns = where.nonzero()
+        texts = [label(lens.top[row][column]) for row, column in zip(rows, columns, strict=True)]
+        look = dict(mode="text", textfont={"color": color, "size": 11}, hoverinfo="skip", showlegend=False)
+        fig.add_scatter(x=[at[c] for c in columns], y=rows, text=texts, name="likeliest token", **look)
+
+
+def _lens_hover(lens: Lens, tokens: Sequence[str], row: int, column: int) -> str:
+    here = row, column
+    return (
+        f"after {lens.rows[row]}, at {lens.start + column} {label(tokens[column])}<br>"
+        f"likeliest: {label(lens.top[row][column])} {lens.top_probability[here]:.4f}<br>"
+        f"{label(lens.targets[column])}: {lens.probability[here]:.4f}, rank {int(lens.rank[here]) + 1}<br>"
+        f"entropy {lens.entropy[here]:.3f}, KL {lens.kl[here]:.3f} nats"
+    )
+
+
+class Contribution(NamedTuple):
+    """What one component adds to the difference of two logits."""
+
+    name: str
+    kind: str
+    """One of ``KIND_COLORS``, or ``embed``."""
+    value: float
+
+
+def contributions(
+    found: Sequence[Contribution], target: str, other: str, total: float, token: str, position: int, top: int = 15
+) -> go.Figure:
+    """The components that speak most for ``target`` against ``other``, by size, and what the others add together.
+
+    Args:
+        total: the difference of logits, which all components sum to.
+        token, position: where the logits are read.
+    """
+    order = sorted(found, key=lambda c: -abs(c.value))
+    rest = sum(c.value for c in order[top:])
+    shown = order[:top] + ([Contribution(f"{len(order) - top} others", "rest", rest)] if order[top:] else [])
+    fig = go.Figure()
+    for kind, color in (KIND_COLORS | {"embed": "#CC79A7", "rest": "rgba(128,128,128,0.45)"}).items():
+        own = [(row, c) for row, c in enumerate(shown) if c.kind == kind]
+        if own:
+            fig.add_bar(
+                x=[c.value for _, c in own], y=[row for row, _ in own], orientation="h", width=0.72,
+                marker={"color": color},
+                name={"embed": "embedding", "rest": "all others"}.get(kind) or KIND_NAMES[kind],
+                text=[f"{c.value:+.3f}" for _, c in own], textposition="outside", cliponaxis=False,
+                customdata=[c.name for _, c in own], hovertemplate="%{customdata}: %{x:+.4f}<extra></extra>",
+            )  # fmt: skip
+    title = f"Which parts speak for “{label(target)}” against “{label(other)}”"
+    subtitle = f"after {named(token, position)}; all {len(found)} sum to the difference of logits, {total:+.3f}"
+    frame(fig, title, subtitle, height=205 + 24 * len(shown), barmode="overlay")
+    limit = 1.25 * max([abs(c.value) for c in shown] + [1e-6])
+    unit = "added to the difference of logits; right of 0: for the first token"
+    fig.update_xaxes(title=unit, range=[-limit, limit], gridcolor=GRID, zerolinecolor=GUIDE)
+    ticks = {"tickmode": "array", "tickvals": list(range(len(shown))), "ticktext": [c.name for c in shown]}
+    fig.update_yaxes(title="component", range=[len(shown) - 0.5, -0.5], showgrid=False, zeroline=False, **ticks)
+    below = {"orientation": "h", "yanchor": "bottom", "y": 0, "yref": "container", "xanchor": "left", "x": 0}
+    return fig.update_layout(legend=below, showlegend=True, margin={"b": 100})
