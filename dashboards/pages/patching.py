@@ -18,7 +18,7 @@ from jambascope.errors import InputError
 from jambascope.hooks.sweep import PatchSweep
 from jambascope.hooks.sweep.result import LEAST_DIFFERENCE
 from jambascope.studies.figures import patching as figures
-from jambascope.studies.figures.theme import signed_limit
+from jambascope.studies.figures.theme import named, signed_limit
 
 MEANING = {
     "denoise": "clean values into the corrupted run: is this enough?",
@@ -50,7 +50,7 @@ def page(view: View) -> None:
     cell = _choose_cell(view, other, asked, [cell for cell, *_ in top])
     _maps(view, other, asked, shown, heads, cell, found.value)
     _next_tokens(view, other, asked, cell)
-    _top(view, other, top)
+    _top(view, other, asked, top)
     _save(view, other, asked)
     widgets.code(view, patching_code.code(view, other, asked, shown, cell))
 
@@ -232,7 +232,7 @@ def _maps(
             results.both_texts(view, other)[asked.positions[0] : asked.positions[1] + 1],
             asked.positions[0],
             maps.unit_of(asked, shown),
-            "layer and head" if any(" " in row for row in drawn.rows) else "layer (index)",
+            drawn.axis,
             limit or 1.0,
             shown != VALUE or asked.metric not in results.NEVER_NEGATIVE,
             None if cell is None or cell.kind != kind else maps.place_of(drawn, cell, asked),
@@ -279,7 +279,7 @@ def _choose_cell(view: View, other: View, asked: Asked, top: list[Cell]) -> Cell
 def _next_tokens(view: View, other: View, asked: Asked, cell: Cell) -> None:
     """What the model expects before the patch, after it, and in the run that the values are from."""
     found = results.patch(view, other, asked, cell)
-    rows = results.table_of(view, found)
+    rows, at = results.table_of(view, found), cell.position
     runs = dict(zip(("before", "patched", "source"), results.run_names(asked), strict=True))
     values = ", ".join(f"{name} {value:.4g}" for name, value in zip(runs.values(), found.values, strict=True))
     left, right = st.columns([7, 5], gap="medium")
@@ -287,7 +287,7 @@ def _next_tokens(view: View, other: View, asked: Asked, cell: Cell) -> None:
         fig = figures.next_tokens(
             [row["token"] for row in rows],
             [(name, [row[key] for row in rows]) for key, name in runs.items()],
-            f"Next tokens with {results.cell_words(view, asked, cell)} patched",
+            f"Next tokens with {results.cell_words(view, asked, cell)} patched at {named(view.texts[at], at)}",
             f"{asked.metric}: {values}",
         )
         widgets.show(fig, "patched_tokens")
@@ -302,7 +302,7 @@ def _next_tokens(view: View, other: View, asked: Asked, cell: Cell) -> None:
         st.caption("Probabilities of the next token in the three runs; Δ logit: patched less before.")
 
 
-def _top(view: View, other: View, top: list[tuple[Cell, float, float]]) -> None:
+def _top(view: View, other: View, asked: Asked, top: list[tuple[Cell, float, float]]) -> None:
     st.markdown("##### Largest changes of the metric, up to four of each node")
     if not top:
         st.caption("No cell was reached yet.")
@@ -310,18 +310,16 @@ def _top(view: View, other: View, top: list[tuple[Cell, float, float]]) -> None:
     texts = results.both_texts(view, other)
     rows = [
         {
-            "node": cell.kind, "layer": cell.layer, "position": cell.position, "token": texts[cell.position],
-            "unit": cell.unit, "effect": effect, "value": value,
+            "cell": results.cell_words(view, asked, cell), "position": cell.position, "token": texts[cell.position],
+            "effect": effect, "value": value,
         }
         for cell, effect, value in top
     ]  # fmt: skip
     number = st.column_config.NumberColumn
     columns = {
-        "node": "Node",
-        "layer": number("Layer", width="small", format="%d"),
+        "cell": "Cell",
         "position": number("Position", width="small", format="%d"),
         "token": "Token (clean/corrupted)",
-        "unit": number("Head or expert", width="small", format="%d"),
         "effect": number("Normalised effect", format="%.3f"),
         "value": number("Metric, patched", format="%.4f"),
     }

@@ -18,7 +18,6 @@ from jambascope.errors import HookError, InputError
 from jambascope.hooks import run, sweep
 from jambascope.hooks.sweep import metrics
 from jambascope.hooks.sweep.nodes import Node, Target, interventions, needed, targets
-from jambascope.studies.figures.theme import named
 from jambascope.studies.prompt_pairs import one_token
 
 WINDOWED, WITH_CONV = "ssm_state windowed", "ssm_state with conv"
@@ -32,17 +31,17 @@ KINDS = {
     "k": "keys of each key-value head",
     "v": "values of each key-value head",
     "pattern": "attention of each head",
-    "ssm_state": "the SSM state, which flows on from there (persistent)",
-    WINDOWED: "the SSM state for a few read-outs, then the unpatched one again",
-    WITH_CONV: "the SSM state and the last inputs of the convolution",
+    "ssm_state": "the SSM state, which flows on (persistent)",
+    WINDOWED: "the SSM state, seen by a few read-outs only",
+    WITH_CONV: "the SSM state and the convolution's last inputs",
     "ssm_read": "one read-out of the SSM state (transient)",
     "x": "input of the scan, after convolution and SiLU",
     "dt": "step sizes of the scan",
     "B": "what is written to the state",
     "C": "what is read from the state",
     "y": "output of the scan, before the gate",
-    "router_logits": "logits of the router: experts are chosen again",
-    "expert_weights": "weights of the experts: experts are chosen again",
+    "router_logits": "router logits: experts are chosen again",
+    "expert_weights": "expert weights: experts are chosen again",
     "expert_out": "what each expert adds to the stream",
 }
 """Node kind -> its meaning."""
@@ -261,10 +260,10 @@ def _joined(first: sweep.PatchSweep | None, second: sweep.PatchSweep) -> sweep.P
 
 
 def cell_words(view: View, asked: Asked, cell: Cell) -> str:
-    """A cell in words, as figures take them."""
+    """What is patched in a cell."""
     (target,) = targets(view.model, asked.node(cell.kind), [cell.layer])
     unit = f" {target.unit_name.replace('_', ' ')} {cell.unit}" if target.axis else ""
-    return f"{target.node.name} of layer {cell.layer}{unit} at {named(view.texts[cell.position], cell.position)}"
+    return f"{target.node.name} of layer {cell.layer}{unit}"
 
 
 def metric_words(view: View, asked: Asked) -> str:

@@ -34,6 +34,7 @@ class Map:
     """Of each row."""
     units: np.ndarray
     """[R C]"""
+    axis: str = "layer (index)"
     note: str = ""
 
 
@@ -48,19 +49,20 @@ def map_of(values: xr.DataArray, layers: Sequence[int], heads: str | int) -> Map
         names = tuple(str(layer) for layer in layers)
         return Map(names, own, tuple(layers), np.zeros(own.shape, int))
     units = own.shape[2]
-    letter = "E" if values.dims[2] == "expert" else "H"
+    unit = str(values.dims[2]).replace("_", " ")
+    letter, axis = unit[0].upper(), f"layer and {unit}"
     if heads == EACH and len(layers) * units <= MOST_ROWS:
-        names = tuple(f"{layer} {letter}{unit}" for layer in layers for unit in range(units))
+        names = tuple(f"{layer} {letter}{i}" for layer in layers for i in range(units))
         rows = own.transpose(0, 2, 1).reshape(len(names), -1)
         which = np.tile(np.arange(units), len(layers))[:, None].repeat(rows.shape[1], 1)
-        return Map(names, rows, tuple(layer for layer in layers for _ in range(units)), which)
+        return Map(names, rows, tuple(layer for layer in layers for _ in range(units)), which, axis)
     if isinstance(heads, int):
         names = tuple(f"{layer} {letter}{heads}" for layer in layers)
         one = own[..., heads] if heads < units else np.full(own.shape[:2], np.nan)
-        return Map(names, one, tuple(layers), np.full(one.shape, min(heads, units - 1)))
+        return Map(names, one, tuple(layers), np.full(one.shape, min(heads, units - 1)), axis)
     best, which = strongest(own)
     names = tuple(str(layer) for layer in layers)
-    return Map(names, best, tuple(layers), which, f"; the strongest of {units} at each place")
+    return Map(names, best, tuple(layers), which, note=f"; the strongest {unit} of {units} at each place")
 
 
 def cells_of_map(drawn: Map, kind: str, asked: Asked) -> list[list[tuple]]:
