@@ -75,12 +75,12 @@ def _choose(found: list[Entry], root: Path) -> Entry | None:
     listed = [entry for entry in found if results.matches(entry, words) and state in (ALL, entry.state)]
     rows = [_row(entry) for entry in listed]
     columns = {
-        "run": st.column_config.TextColumn("Run", width="medium"),
-        "study": st.column_config.TextColumn("Study", width="small"),
-        "question": st.column_config.TextColumn("Question, or what is wrong", width="large"),
-        "models": st.column_config.TextColumn("Models", width="small"),
-        "when": st.column_config.DatetimeColumn("Last change", format="YYYY-MM-DD HH:mm", width="small"),
-        "state": st.column_config.TextColumn("State", width="small"),
+        "run": st.column_config.TextColumn("Run", width=190),
+        "study": st.column_config.TextColumn("Study", width=125),
+        "question": st.column_config.TextColumn("Question, or what is wrong", width=430),
+        "models": st.column_config.TextColumn("Models", width=95),
+        "when": st.column_config.DatetimeColumn("Last change", format="YYYY-MM-DD HH:mm", width=125),
+        "state": st.column_config.TextColumn("State", width=95),
         "cells": st.column_config.TextColumn("Cells", width=70),
     }
     if rows:
@@ -102,7 +102,7 @@ def _row(entry: Entry) -> dict:
     return {
         "run": entry.name,
         "study": entry.study,
-        "question": entry.problem or entry.question,
+        "question": entry.problem.replace(f"{entry.path.parent}/", "") or entry.question,
         "models": entry.models,
         "when": datetime.fromtimestamp(entry.when),
         "state": entry.state,
