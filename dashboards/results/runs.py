@@ -3,6 +3,7 @@ followed, and what it says is shown as text."""
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -227,13 +228,19 @@ def plain_texts(fig: go.Figure) -> go.Figure:
     def clean(value: Any) -> Any:
         if isinstance(value, str):
             return MARKUP.sub("&lt;", value)
+        if isinstance(value, dict) and value.keys() >= {"bdata", "dtype"}:
+            return _numbers(value)
         if isinstance(value, dict):
             return {key: clean(own) for key, own in value.items()}
-        if isinstance(value, np.ndarray) and value.dtype != object:
-            return value
         return [clean(own) for own in value] if isinstance(value, (list, tuple, np.ndarray)) else value
 
     return go.Figure(clean(fig.to_plotly_json()))
+
+
+def _numbers(packed: dict[str, str]) -> np.ndarray:
+    """An array as Plotly packs it."""
+    flat = np.frombuffer(base64.b64decode(packed["bdata"]), packed["dtype"])
+    return flat.reshape([int(size) for size in packed["shape"].split(",")]) if "shape" in packed else flat
 
 
 # -- its files ---------------------------------------------------------------------------------------------------
