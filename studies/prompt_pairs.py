@@ -222,7 +222,7 @@ def given_pairs(model: HookedJamba, clean: str, corrupted: str, answer: str, wro
     if bool((first == second).all(1).any()):
         raise InputError("clean and corrupted have a prompt in common: a patch of it can change nothing")
     answers, others = (
-        tuple(_one_token(model, field, text) for text in value.split(BETWEEN))
+        tuple(one_token(model, field, text) for text in value.split(BETWEEN))
         for field, value in (("answer", answer), ("wrong", wrong))
     )
     n = len(first)
@@ -235,7 +235,12 @@ def given_pairs(model: HookedJamba, clean: str, corrupted: str, answer: str, wro
     return PromptPairs(first, second, answers, others, {f"{p} {name}": (p,) for p, name in enumerate(names)})
 
 
-def _one_token(model: HookedJamba, field: str, text: str) -> int:
+def one_token(model: HookedJamba, field: str, text: str) -> int:
+    """The id of a token given by its text, with or without the blank before it.
+
+    Raises:
+        InputError: text that is no single token; names ``field``.
+    """
     for variant in (" " + text.strip(), text.strip()):
         try:
             token = model.to_single_token(variant)

@@ -69,7 +69,13 @@ def bare_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(browser, bare_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def runs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server lists and saves study runs; empty to begin with."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def server(browser, bare_checkpoint: Path, runs_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of ``jambascope dashboard CHECKPOINT``, which offers the packaged models as well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,6 +83,7 @@ def server(browser, bare_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     log = tmp_path_factory.mktemp("server") / "log.txt"
     program = "from jambascope.cli import main; main()"
     command = [sys.executable, "-c", program, "dashboard", str(bare_checkpoint), "--port", str(port)]
+    command += ["--runs", str(runs_root)]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent)
     try:
