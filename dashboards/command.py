@@ -13,6 +13,9 @@ from typing import Annotated
 
 import typer
 
+SAFE = ("--server.address", "127.0.0.1", "--server.enableXsrfProtection", "true", "--browser.gatherUsageStats", "false")
+"""Reachable from this machine alone, no forged requests, nothing told to Streamlit's makers."""
+
 
 def dashboard(
     model: Annotated[
@@ -70,7 +73,8 @@ def _serve(model: str, port: int, options: dict[str, str | None]) -> None:
     # once, and would answer a link to a page, as the server's first request, with that file alone: an empty page.
     PagesManager.uses_pages_directory = False
     app = Path(__file__).parent / "app.py"
-    arguments = ["run", str(app), "--server.port", str(port), "--", "--model", model]
+    # What keeps it safe does not depend on a file that somebody else's settings may stand before.
+    arguments = ["run", str(app), "--server.port", str(port), *SAFE, "--", "--model", model]
     for option, value in options.items():
         if value is not None:
             arguments += [option, value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,18 @@ def test_only_a_screen_gets_a_browser(variables, expected, monkeypatch):
     monkeypatch.setattr(command.sys, "platform", "linux")
     monkeypatch.setattr(command.os, "environ", variables)
     assert command._has_screen() is expected
+
+
+def test_the_server_is_reached_from_this_machine_alone(monkeypatch, tmp_path):
+    """Whatever settings Streamlit finds in the home or the working directory."""
+    from streamlit.web import cli
+
+    called = []
+    monkeypatch.setattr(cli, "main", lambda arguments, **options: called.extend(arguments))
+    monkeypatch.setattr(command, "_has_screen", lambda: False)
+    command.dashboard("jamba-micro", port=8766)
+    flags = dict(zip(called[2::2], called[3::2], strict=False))
+    assert flags["--server.address"] == "127.0.0.1" and flags["--server.enableXsrfProtection"] == "true"
+    assert flags["--browser.gatherUsageStats"] == "false"
+    settings = tomllib.loads(APP.with_name(".streamlit").joinpath("config.toml").read_text())
+    assert settings["server"]["address"] == "127.0.0.1" and settings["server"]["maxUploadSize"] <= 5
