@@ -21,7 +21,7 @@ from jambascope.studies.ablations import Means, Part
 from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
 from jambascope.studies.corpus import TEXT
 from jambascope.studies.figures.parts import Bar, grouped, layer_map
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 from jambascope.studies.runner.summary import number, one, summarize
 from jambascope.studies.segregation_prompts import (
@@ -63,7 +63,7 @@ class SegregationSpec(Spec):
         "words of stories that no earlier word determines. Models of another language can be asked repeat (random "
         f"tokens) and text (files) alone, not {', '.join(IN_LANGUAGE)}.",
     )
-    text: tuple[str, ...] = Field((), description=TEXT)
+    text: Files = Field((), description=TEXT)
     length: int = Field(
         64, ge=8, description="Tokens of a window of text files; half as many random tokens are said twice."
     )
@@ -314,16 +314,16 @@ study = Study(
     version=2,
     spec=SegregationSpec,
     question=__doc__,
-    method="Held-out documents of five tasks in the packaged models' language. Recall asks for the values of keys in a "
-    "table, phones for whole numbers of a phone book, repeat for the words of a random sequence said before "
-    "(induction), copy for words among noise (a control that Mamba solves alone). Text is stories, of which only the "
-    "words count that no earlier word determines. Of models of another language repeat is different random tokens "
-    "said twice, whose second saying but its first token counts, and text is windows of text files, of which all "
-    "tokens count; recall, phones and copy need the packaged models' language.\n\n"
-    "Taken away is a mixer: what its output projection reads is set, at every position, to its mean over the finding "
-    "half of the documents. All numbers are of the other half. Heads are ranked, for each task by itself, by the loss "
-    "when all others of the model are taken away; then all heads but the top k are. The one layer that a task needs "
-    "most is chosen on the finding half, too.",
+    method="Held-out documents of five tasks in the packaged models' language. Recall asks for the values of keys "
+    "in a table, phones for whole numbers of a phone book, repeat for the words of a random sequence said before "
+    "(induction), copy for words among noise (a control that Mamba solves alone). Text is stories, of which only "
+    "the words count that no earlier word determines. Of models of another language repeat is different random "
+    "tokens said twice, whose second saying but its first token counts, and text is windows of text files, of which "
+    "all tokens count; recall, phones and copy need the packaged models' language.\n\n"
+    "Taken away is a mixer: what its output projection reads is set, at every position, to its mean over the "
+    "finding half of the documents. All numbers are of the other half. Heads are ranked, for each task by itself, "
+    "by the loss when all others of the model are taken away; then all heads but the top k are. The one layer that "
+    "a task needs most is chosen on the finding half, too.",
     controls="As many random layers: others where there are enough, else any other set. As many random heads kept. "
     "Differences to them in loss are tested by flipping signs over documents, corrected by Holm over all tasks and "
     "parts. Copy and text: what is about looking things up should change nothing there.",

@@ -32,7 +32,7 @@ from jambascope.studies.positional_reading import (
     reading,
     windows,
 )
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study
 from jambascope.studies.runner.summary import summarize
 from jambascope.zoo import scoring
@@ -52,7 +52,7 @@ class PositionalSpec(Spec):
     distances: tuple[int, ...] = Field((4, 20, 80, 160, 320, 640), description="Words between a secret and its recall.")
     shifts: tuple[int, ...] = Field((64, 128, 256, 512, 768), description="Tokens of filler before a prompt.")
     shifted_length: int = Field(24, ge=4, description="Random tokens, said twice, that are shifted.")
-    text: tuple[str, ...] = Field((), description=TEXT)
+    text: Files = Field((), description=TEXT)
     batch_size: int = Field(4, ge=1, description="Prompts run at a time.")
 
     @field_validator("factors", "repeats", "distances", "shifts")

@@ -22,7 +22,7 @@ from jambascope.studies.corpus import TEXT, check_corpus, mixed
 from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.zoo import Point
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid_and_once
 from jambascope.studies.runner.summary import number, summarize
 from jambascope.studies.stability_reading import BY, ENDS, GROWTH, MAX, POINTS, RMS, UNTRAINED, names_of, reading
@@ -48,7 +48,7 @@ class StabilitySpec(Spec):
         (0, 128, 256, 512, 1024), description="Positions that part the prompts into windows."
     )
     trained: int = Field(256, ge=1, description="Length of the training's sequences, one of the edges.")
-    text: tuple[str, ...] = Field((), description=TEXT)
+    text: Files = Field((), description=TEXT)
     untrained: bool = Field(True, description="Also measure a model of the same shape with random weights (control).")
     rates: tuple[float, ...] = Field((0.003, 0.03, 0.1), description="Learning rates of the trainings here.")
     steps: int = Field(60, ge=1, description="Of each of those trainings.")
