@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Int
 from pydantic import Field
 
 from jambascope import checkpoint
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
 from jambascope.hooks.heads import repeated_random_tokens
-from jambascope.hooks.intervals import percentiles, resampled_means
 from jambascope.model import HookedJamba
 from jambascope.studies import state_pairs, state_probes
-from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
+from jambascope.studies.comparisons import by_sample, fingerprint, holm, interval, same_prompts, sign_flip_p
 from jambascope.studies.figures.parts import Bar, grouped
 from jambascope.studies.prompts import check_language
 from jambascope.studies.runner.spec import Spec
@@ -40,7 +37,6 @@ PAIRS = {
 }
 MEDIAN, LONGEST = "median half-life, tokens", "half-life of the longest tenth, tokens"
 WHOLE, CHANGE, SHARE, LAYER = "clean less corrupted, logits", "change, logits", "share", "layer: share"
-PROMPTS = "fingerprint of the prompts"
 HALF_LIVES = "median half-lives, times as long"
 BY = ("asked", "what", "layer")
 ENDS = ["mean", "low", "high"]
@@ -92,7 +88,7 @@ def measure(spec: MemorySpec, cell: Cell, model: HookedJamba) -> Found:
     asked, seed = cell["asked"], cell["seed"]
     if asked == "half-life":
         tokens = repeated_random_tokens(model, min(spec.pairs, 16), spec.length, seed=seed)
-        return Found([*state_probes.half_life_rows(model, tokens), _fingerprint(tokens)])
+        return Found([*state_probes.half_life_rows(model, tokens), fingerprint(tokens)])
     if asked in ("episodes", "words"):
         probed = (
             state_probes.few_shot(spec.prompts, spec.shots, seed)
@@ -100,7 +96,7 @@ def measure(spec: MemorySpec, cell: Cell, model: HookedJamba) -> Found:
             else state_probes.random_words(model, spec.prompts, spec.distances, seed)
         )
         rows = state_probes.probe_rows(model, probed, spec.untrained, spec.batch_size, seed)
-        return Found([*rows, _fingerprint(probed.tokens)])
+        return Found([*rows, fingerprint(probed.tokens)])
     if asked == "repetition":
         pairs = state_pairs.repetition_pairs(model, spec.pairs, spec.length, seed)
     else:
@@ -108,12 +104,7 @@ def measure(spec: MemorySpec, cell: Cell, model: HookedJamba) -> Found:
         pairs = draw(spec.pairs, spec.shots, seed)
     rows = state_pairs.together_rows(model, pairs, spec.windows, spec.batch_size)
     rows += state_pairs.layer_rows(model, pairs, spec.windows, spec.draws, spec.batch_size, seed)
-    return Found([*rows, _fingerprint(torch.cat((pairs.clean, pairs.corrupted)))])
-
-
-def _fingerprint(tokens: Int[torch.Tensor, "prompts pos"]) -> dict[str, Any]:
-    """Tells whether two models read the same prompts, which they are compared on."""
-    return {"measure": PROMPTS, "sample": 0, "value": float(zlib.crc32(tokens.cpu().long().numpy().tobytes()))}
+    return Found([*rows, fingerprint(torch.cat((pairs.clean, pairs.corrupted)))])
 
 
 # -- the report ----------------------------------------------------------------------------------------------
@@ -277,8 +268,7 @@ def _between(rows: pd.DataFrame) -> list[str]:
     p_values = holm([sign_flip_p(values) for *_, values in found])
     said: dict[str, list[str]] = {}
     for (other, kind, name, values), p in zip(found, p_values, strict=True):
-        low, high = (end.item() for end in percentiles(resampled_means(values)))
-        ends = (values.mean().item(), low, high)
+        ends = interval(values)
         shown = number(*(torch.tensor(ends).exp().tolist() if kind == HALF_LIVES else ends))
         clear = f"p = {p:.2g}" if p < 0.05 else f"no difference told, p = {p:.2g}"
         which = f"less {other}, " if len(recipes) > 2 else ""
@@ -296,10 +286,7 @@ def _paired(rows: pd.DataFrame, first: str, other: str) -> list[tuple[str, str, 
     found = []
     for asked in rows.asked.unique():
         sides = [rows[(rows.recipe == recipe) & (rows.asked == asked)] for recipe in (first, other)]
-        prints = [set(own[own.measure == PROMPTS][["seed", "value"]].itertuples(index=False)) for own in sides]
-        if prints[0] != prints[1]:
-            continue
-        for kind, name, parts in _compared(sides, asked):
+        for kind, name, parts in _compared(sides, asked) if same_prompts(sides) else ():
             apart = (by_sample(parts[0]) - by_sample(parts[1])).dropna()
             if len(apart):
                 found.append((kind, name, torch.tensor(apart.to_numpy())))

@@ -13,6 +13,7 @@ import torch
 from jambascope.errors import ConfigError
 from jambascope.hooks.sweep import Node, logit_difference, patch_sweep
 from jambascope.studies import state_memory, state_pairs, state_probes
+from jambascope.studies.comparisons import PROMPTS
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.spec import make_spec
 from jambascope.studies.runner.study import load
@@ -239,7 +240,7 @@ def test_any_model_with_states_is_asked_what_needs_no_words(model_of_kind, tmp_p
 
 def planted(share: float, half_life: float, recipe: str, prompts: float = 7.0, n: int = 12) -> list[dict]:
     own = {"model": recipe, "recipe": recipe, "seed": 0}
-    rows = [own | {"asked": asked, "measure": state_memory.PROMPTS, "sample": 0, "value": prompts}
+    rows = [own | {"asked": asked, "measure": PROMPTS, "sample": 0, "value": prompts}
             for asked in ("labels", "half-life")]  # fmt: skip
     for i in range(n):
         same, noise = own | {"sample": i}, 0.01 * (-1) ** i * (recipe == "hybrid")
