@@ -25,7 +25,7 @@ HEADLINE = (EFFECT, *RUNS, ALIKE, NOTHING, EVERYTHING)
 BY = ("direction", "component", "cells")
 ENDS = ["mean", "low", "high"]
 LEVEL = 0.05
-UNITS = {"k": "key/value head", "v": "key/value head", "expert_out": "expert"}
+UNITS = {"k": "KV head", "v": "KV head", "expert_out": "expert"}
 MEANING = {"denoise": "clean values into the corrupted run", "noise": "corrupted values into the clean run"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
+from jambascope.studies.comparisons import by_sample, holm, interval, sign_flip_p
 from jambascope.studies.head_ablation import plural
 from jambascope.studies.runner.summary import number, summarize
 
@@ -38,11 +38,7 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
         less = (means[recipe] - means[recipes[0]]).dropna()
         for (measure_, x), own in less.groupby(level=["measure", "x"], sort=False):
             values = torch.tensor(own.to_numpy())
-            part = pd.DataFrame(
-                {"model": recipe, "recipe": recipe, "measure": measure_, "seed": 0, "value": own.to_numpy()}
-            )
-            (line,) = summarize(part.assign(sample=range(len(part))), [measure_], ()).to_dict("records")
-            ends = {name: line[name] for name in (*ENDS, "n")}
+            ends = dict(zip(ENDS, interval(values), strict=True)) | {"n": len(values)}
             lines_.append({"recipe": recipe, "measure": measure_, "x": x} | ends | {"p": sign_flip_p(values)})
     table = pd.DataFrame(lines_, columns=["recipe", "measure", "x", *ENDS, "n", "p"])
     return table.assign(p=holm(table.p.tolist()))

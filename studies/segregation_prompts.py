@@ -147,5 +147,8 @@ def check_tasks(
         )
     if "text" in tasks and (text or not packaged):
         check_corpus(directory, config, text, length)
-    if "repeat" in tasks and not packaged and 2 * (length // 2) + 1 > config.n_ctx:
-        raise ConfigError(f"length={length} and <bos> exceed its context of {config.n_ctx}; make length smaller")
+    if "repeat" in tasks and not packaged:
+        if 2 * (length // 2) + 1 > config.n_ctx:
+            raise ConfigError(f"length={length} and <bos> exceed its context of {config.n_ctx}; make length smaller")
+        if length // 2 > (usable := config.d_vocab - 4):
+            raise ConfigError(f"length={length}: half as many different tokens cannot be drawn from its {usable}")

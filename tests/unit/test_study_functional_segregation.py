@@ -143,6 +143,7 @@ def test_a_model_of_another_language_is_asked_to_repeat(model_of_kind, tmp_path)
         ({}, ConfigError, "tasks=recall,phones,copy: these are documents of .* set tasks=repeat"),
         ({"tasks": "repeat,text"}, InputError, "it has no tokenizer, and this study reads text"),
         ({"tasks": "repeat", "length": "64"}, ConfigError, "length=64 and <bos> exceed its context of 64"),
+        ({"tasks": "repeat", "length": "52"}, ConfigError, "length=52: half as many .* be drawn from its 25"),
     ],
 )
 def test_what_another_language_lacks_is_refused(model_of_kind, tmp_path, values, error, message):

@@ -169,7 +169,7 @@ def test_single_positions_are_a_map_of_layers_by_positions(micro):
     assert stream.to_numpy() == pytest.approx(expected, abs=1e-5)
     figure, *_ = report.figures(spec, rows)
     assert figure.data[0].z.shape == (8, length) and figure.data[1].z.shape == (2, length)
-    assert "layer 4, key/value head 1" in figure.layout.yaxis2.ticktext
+    assert "layer 4, KV head 1" in figure.layout.yaxis2.ticktext
 
 
 def test_what_a_model_lacks_is_left_out_of_the_default_and_said(model_of_kind):
