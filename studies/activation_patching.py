@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from jambascope import checkpoint
 from jambascope.config import JambaConfig
-from jambascope.errors import ConfigError
+from jambascope.errors import ConfigError, HookError
+from jambascope.hook_table import HookRow, hook_rows
 from jambascope.hooks import run
 from jambascope.hooks.sweep import interventions, logit_difference, patch_sweep, probability, rank, targets
 from jambascope.hooks.sweep.nodes import needed
@@ -23,7 +24,8 @@ from jambascope.studies.prompts import check_tokenizer
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 
-Component = Literal["resid_pre", "attn_out", "mixer_out", "mlp_out", "z", "ssm_state"]
+DEFAULT = ("resid_pre", "attn_out", "mixer_out", "mlp_out", "z", "ssm_state")
+"""What is patched as far as a model has it; what else is named, it must have."""
 Direction = Literal["denoise", "noise"]
 CHECKED = 4
 """Pairs of which a patch of their own values is run."""
@@ -36,8 +38,14 @@ class PatchingSpec(Spec):
     shots: int = Field(4, ge=2, description="Labelled reviews in each prompt.")
     filler: int = Field(1, ge=0, description="Sentences of no sentiment between a review's word and its end.")
     swap: Swap = Field("word", description="What differs in a pair: the last sentiment word, or the examples' labels.")
-    components: tuple[Component, ...] = Field(
-        get_args(Component), description="What is patched, where a model has it; z is each attention head by itself."
+    components: tuple[str, ...] = Field(
+        DEFAULT,
+        description="What is patched: of the default, what a model has; or what it must have, such as q, k, v, "
+        "pattern, x, dt, B, C, y, ssm_read, router_logits, expert_weights, expert_out. Heads and experts are patched "
+        "by themselves.",
+    )
+    positions: Literal["roles", "single"] = Field(
+        "roles", description="Positions of one role together, or each by itself; of prompts of yours always each."
     )
     directions: tuple[Direction, ...] = Field(
         get_args(Direction), description="Clean values into the corrupted run (denoise), the reverse (noise)."
@@ -53,6 +61,8 @@ class PatchingSpec(Spec):
 
     @model_validator(mode="after")
     def _given_whole(self) -> PatchingSpec:
+        if not self.components or len(set(self.components)) < len(self.components):
+            raise ValueError(f"components={','.join(self.components)}: give at least one, each once")
         given = [name for name in ("clean", "corrupted", "answer", "wrong") if getattr(self, name)]
         if len(given) not in (0, 4):
             raise ValueError(f"only {', '.join(given)} given; prompts of yours need clean, corrupted, answer and wrong")
@@ -70,7 +80,7 @@ class Place(NamedTuple):
 
 
 def check(spec: PatchingSpec, config: JambaConfig, directory: Path) -> None:
-    if not _components(spec, config):
+    if not _components(spec, _Table(config, hook_rows(config))):
         raise ConfigError(f"it has none of components={','.join(spec.components)}; add resid_pre, which all have")
     if spec.clean:
         return
@@ -79,12 +89,29 @@ def check(spec: PatchingSpec, config: JambaConfig, directory: Path) -> None:
         raise ConfigError(f"shots={spec.shots} exceed its context of {config.n_ctx} tokens; make shots smaller")
 
 
-def _components(spec: PatchingSpec, config: JambaConfig) -> list[str]:
-    """Those that some layer has."""
-    attends, scans = bool(config.attention_layers), bool(config.ssm_layers)
-    feeds = any(kind != "none" for kind in config.feed_forwards)
-    has = {"attn_out": attends, "z": attends, "mixer_out": scans, "ssm_state": scans, "mlp_out": feeds}
-    return [name for name in spec.components if has.get(name, True)]
+class _Table(NamedTuple):
+    """What tells of a model which components it has, before it is opened."""
+
+    config: JambaConfig
+    hook_rows: dict[str, HookRow]
+
+
+def _components(spec: PatchingSpec, model: HookedJamba | _Table) -> list[str]:
+    """Those that are patched.
+
+    Raises:
+        ConfigError: one that is not of the default, and that no layer has or that cannot be patched.
+    """
+    found = []
+    for name in spec.components:
+        try:
+            targets(model, name)
+        except HookError as e:
+            if name not in DEFAULT:
+                raise ConfigError(f"components={name}: {e}") from None
+            continue
+        found.append(name)
+    return found
 
 
 def cells(spec: PatchingSpec) -> list[Cell]:
@@ -109,7 +136,7 @@ def measure(spec: PatchingSpec, cell: Cell, model: HookedJamba) -> Found:
     moving = [p for p in effects if pairs.groups[p.group][-1] >= pairs.changed_from and p[:2] != ("resid_pre", 0)]
     means = {place: float(np.nanmean(effects[place][first])) for place in effects}
     ranked = sorted(moving, key=lambda place: -abs(means[place]))
-    found = {c: [p for p in ranked if p.component == c] for c in _components(spec, model.config)}
+    found = {c: [p for p in ranked if p.component == c] for c in _components(spec, model)}
     found = {c: own[: min(spec.k, len(own) // 2)] for c, own in found.items()}
     rows += _cell_rows(effects, found, half)
     if np.isfinite(difference[second]).sum() >= 2:
@@ -122,7 +149,8 @@ def measure(spec: PatchingSpec, cell: Cell, model: HookedJamba) -> Found:
 def _pairs(spec: PatchingSpec, seed: int, model: HookedJamba) -> PromptPairs:
     if spec.clean:
         return given_pairs(model, spec.clean, spec.corrupted, spec.answer, spec.wrong)
-    return review_pairs(model, spec.pairs, spec.shots, spec.filler, spec.swap, seed)
+    pairs = review_pairs(model, spec.pairs, spec.shots, spec.filler, spec.swap, seed)
+    return pairs.by_position() if spec.positions == "single" else pairs
 
 
 def _swept(
@@ -131,7 +159,7 @@ def _swept(
     """The metrics [metric pair] of every place's patch, and of both runs."""
     found: dict[Place, list[np.ndarray]] = {}
     runs: dict[str, list[np.ndarray]] = {"clean": [], "corrupted": []}
-    names = _components(spec, model.config)
+    names = _components(spec, model)
     for start in range(0, len(pairs.clean), spec.batch_size):
         part = pairs.part(slice(start, start + spec.batch_size))
         metrics = _metrics(part)
@@ -175,7 +203,7 @@ def _own_values_rows(
     few, rows = pairs.part(slice(0, CHECKED)), []
     base = few.corrupted if direction == "denoise" else few.clean
     group = next(own for own in few.groups.values() if own[-1] >= few.changed_from)
-    for component in _components(spec, model.config):
+    for component in _components(spec, model):
         of_component = targets(model, component)
         target = of_component[len(of_component) // 2]
         with torch.no_grad():
@@ -280,23 +308,25 @@ study = Study(
     version=1,
     spec=PatchingSpec,
     question=__doc__,
-    method="Pairs of few-shot reviews that agree token by token, but for the last sentiment word (or the labels of all "
-    "examples), so that the answer becomes the other label. Into one run the values of the other are put: of one "
-    "component of one layer, at the positions of one role together (all labels of the examples, say, or the last "
-    'colon, "query"). A sentence of no sentiment after each review keeps its word out of the reach of one convolution. '
-    "Denoise puts clean values into the corrupted run (is this enough?), noise corrupted ones into "
-    "the clean run (is this needed?); they are not mirror images. resid_pre is the stream that enters a layer, "
-    "attn_out, mixer_out and mlp_out what is added to it, z the output of single attention heads, ssm_state the state "
-    "of a Mamba layer, which flows on from there.\n\nThe effect is (patched - base) / (source - base) of the logit "
-    "difference between the two answers: 0 nothing, 1 all of it. Pairs whose runs differ too little are left out. On "
-    "one half of the pairs the cells of largest mean effect are found for each component; all numbers of found cells "
-    "are from the other half, and those of sets have the sign that the finding half gave each cell.",
+    method="Pairs of few-shot reviews that agree token by token, but for the last sentiment word (or the labels of "
+    "all examples), so that the answer becomes the other label. Into one run the values of the other are put: of "
+    "one component of one layer, at the positions of one role together (all labels of the examples, say, or the "
+    'last colon, "query"), or with positions=single at each position by itself, as all pairs are of one layout. A '
+    "sentence of no sentiment after each review keeps its word out of the reach of one convolution. Denoise puts "
+    "clean values into the corrupted run (is this enough?), noise corrupted ones into the clean run (is this "
+    "needed?); they are not mirror images. resid_pre is the stream that enters a layer, attn_out, mixer_out and "
+    "mlp_out what is added to it, z the output of single attention heads, ssm_state the state of a Mamba layer, "
+    "which flows on from there.\n\n"
+    "The effect is (patched - base) / (source - base) of the logit difference between the two answers: 0 nothing, 1 "
+    "all of it. Pairs whose runs differ too little are left out. On one half of the pairs the cells of largest mean "
+    "effect are found for each component; all numbers of found cells are from the other half, and those of sets "
+    "have the sign that the finding half gave each cell.",
     controls="Random cells: as many others of the same component and layer, among positions that the difference can "
-    "reach (where a layer has none, of the same positions elsewhere), drawn again and again; p is how often they do as "
-    "much. Cells that cannot differ, before the first token that does, are never drawn. Single cells: random signs, "
-    "with Holm's correction over all found cells of a model, direction and seed. A patch of a run's own values must do "
-    "nothing (0), one of every position of the stream everything (1); the stream at layer 0 is the input itself, and "
-    "is never a finding.",
+    "reach (where a layer has none, of the same positions elsewhere), drawn again and again; p is how often they do "
+    "as much. Cells that cannot differ, before the first token that does, are never drawn. Single cells: random "
+    "signs, with Holm's correction over all found cells of a model, direction and seed. A patch of a run's own "
+    "values must do nothing (0), one of every position of the stream everything (1); the stream at layer 0 is the "
+    "input itself, and is never a finding.",
     measure=measure,
     headline=report.HEADLINE,
     by=report.BY,

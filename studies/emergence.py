@@ -25,7 +25,7 @@ from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.zoo import Point
 from jambascope.studies.head_ablation import plural
 from jambascope.studies.runner.models import open_model
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study
 from jambascope.studies.runner.summary import number, summarize
 from jambascope.studies.snapshots import check_snapshots, half_way, record, snapshots
@@ -37,10 +37,14 @@ INDUCTION, IN_RANDOM_ORDER, PREVIOUS = "prefix matching", "prefix matching, rand
 REPEATED, OTHER_ORDER = "accuracy on a repetition", "accuracy, other order again"
 ICL, RECALL, LABELS = "ICL score (nats)", "recall accuracy", "label mass"
 EMERGING = (PREVIOUS, INDUCTION, REPEATED, ICL, RECALL, LABELS)
-CONTROLS = (IN_RANDOM_ORDER, OTHER_ORDER)
+OTHER_HEAD = {PREVIOUS: f"{PREVIOUS}, other head", INDUCTION: f"{INDUCTION}, other head"}
+CONTROLS = (*OTHER_HEAD.values(), IN_RANDOM_ORDER, OTHER_ORDER)
+CHANCE = "chance: "
 EARLY, LATE = (20, 31), 11
 """Positions around 25, and how many last ones, over which the two losses of the ICL score are averaged."""
-SHOTS, ENTRIES = 8, 8
+SHOTS, ENTRIES, CLASSES = 8, 8, 2
+Head = tuple[int, int]
+"""Layer and head."""
 
 
 class EmergenceSpec(Spec):
@@ -51,7 +55,7 @@ class EmergenceSpec(Spec):
     rows: int = Field(64, ge=2, description="Rows of the training's mixture (or of text files) for the ICL score.")
     context: int = Field(256, ge=48, description="Tokens of such a row.")
     documents: int = Field(32, ge=2, description="Documents of recall, and of few-shot reviews.")
-    text: tuple[str, ...] = Field((), description=TEXT)
+    text: Files = Field((), description=TEXT)
     batch_size: int = Field(16, ge=1, description="Sequences run at a time.")
 
 
@@ -66,7 +70,7 @@ def measure(spec: EmergenceSpec, cell: Cell, model: HookedJamba) -> Found:
     directory = checkpoint.find_directory(cell["model"])
     found = snapshots(directory)
     tokens = repeated_random_tokens(model, spec.sequences, spec.length, seed=cell["seed"])
-    heads = _best_heads(spec, open_model(found[max(found)], str(model.device)), tokens)
+    heads = _followed(spec, cell["seed"], open_model(found[max(found)], str(model.device)), tokens)
     rows: list[dict[str, Any]] = []
     for step, path in found.items():
         at = open_model(path, str(model.device))
@@ -76,19 +80,34 @@ def measure(spec: EmergenceSpec, cell: Cell, model: HookedJamba) -> Found:
     where = [
         {"measure": f"head of {m}", "layer": i, "head": h, "sample": 0, "value": 1.0} for m, (i, h) in heads.items()
     ]
-    return Found([*rows, *where])
+    return Found([*rows, *where, *(_chance_rows(model) if speaks_zoo(model.tokenizer) else [])])
 
 
-def _best_heads(spec: EmergenceSpec, final: HookedJamba, tokens: torch.Tensor) -> dict[str, tuple[int, int]]:
-    """Of the finished weights, on the finding half: the head that stands for each kind."""
+def _chance_rows(model: HookedJamba) -> list[dict[str, Any]]:
+    """One of the table's values at random; an even guess over the vocabulary."""
+    levels = {RECALL: 1 / ENTRIES, LABELS: CLASSES / model.config.d_vocab}
+    return [{"measure": CHANCE + name, "sample": 0, "value": value} for name, value in levels.items()]
+
+
+def _followed(spec: EmergenceSpec, seed: int, final: HookedJamba, tokens: torch.Tensor) -> dict[str, Head]:
+    """Of the finished weights, on the finding half: the head that stands for each kind, and one for comparison."""
     if not final.config.attention_layers:
         return {}
-    scores = _scores(spec, final, tokens[: len(tokens) // 2])
-    return {
-        name: (top["layer"], top["head"])
-        for name, kind in ((PREVIOUS, "previous_token"), (INDUCTION, "induction"))
-        for top in scores[kind].top(1)
-    }
+    scores, heads = _scores(spec, final, tokens[: len(tokens) // 2]), {}
+    for name, kind in ((PREVIOUS, "previous_token"), (INDUCTION, "induction")):
+        heads[name], *others = [(row["layer"], row["head"]) for row in scores[kind].top(scores[kind].mean.numel())]
+        if others:
+            heads[OTHER_HEAD[name]] = _other_head(final.config, heads[name], others, seed)
+    return heads
+
+
+def _other_head(config: JambaConfig, head: Head, others: Sequence[Head], seed: int) -> Head:
+    """A random other head of the same layer. Of one attention layer, whose few heads may all do the same, the last of
+    ``others``, which has the lowest score; so too where a layer has one head."""
+    near = [other for other in others if other[0] == head[0]]
+    if len(config.attention_layers) == 1 or not near:
+        return others[-1]
+    return sorted(near)[int(np.random.default_rng([seed, *head]).integers(len(near)))]
 
 
 def _scores(spec: EmergenceSpec, model: HookedJamba, tokens: torch.Tensor) -> dict[str, HeadScores]:
@@ -96,15 +115,16 @@ def _scores(spec: EmergenceSpec, model: HookedJamba, tokens: torch.Tensor) -> di
 
 
 def _rows(
-    spec: EmergenceSpec, seed: int, model: HookedJamba, tokens: torch.Tensor, heads: dict[str, tuple[int, int]]
+    spec: EmergenceSpec, seed: int, model: HookedJamba, tokens: torch.Tensor, heads: dict[str, Head]
 ) -> list[dict[str, Any]]:
     """Everything at one checkpoint."""
     half, values = len(tokens) // 2, {}
     held_out = tokens[half:]
     if heads:
         scores = _scores(spec, model, held_out)
-        values[PREVIOUS] = _of_head(scores["previous_token"].samples, model, heads[PREVIOUS])
-        values[INDUCTION] = _of_head(scores["induction"].samples, model, heads[INDUCTION])
+        for kind, name in (("previous_token", PREVIOUS), ("induction", INDUCTION)):
+            own = [measure_ for measure_ in (name, OTHER_HEAD[name]) if measure_ in heads]
+            values |= {measure_: _of_head(scores[kind].samples, model, heads[measure_]) for measure_ in own}
         values[IN_RANDOM_ORDER] = _of_head(scores["induction"].control_samples, model, heads[INDUCTION])
     other = torch.cat([held_out[:, : -spec.length], shuffled(held_out[:, -spec.length :], seed=seed)], 1)
     for name, asked in ((REPEATED, held_out), (OTHER_ORDER, other)):
@@ -125,7 +145,7 @@ def _of_documents(spec: EmergenceSpec, seed: int, model: HookedJamba) -> dict[st
     """What the packaged models' language asks for: recall of a table, and labels after eight shots."""
     rng = np.random.default_rng([seed, 6, 6])
     tables = [document("recall", rng, "held_out", entries=ENTRIES) for _ in range(spec.documents)]
-    options = dict(shots=SHOTS + 1, classes=2, filler=0, kind="natural")
+    options = dict(shots=SHOTS + 1, classes=CLASSES, filler=0, kind="natural")
     reviews = [document("review", rng, "held_out", **options) for _ in range(spec.documents)]
     return {
         RECALL: scoring.answer_scores(model, tables).hits.nanmean(1),
@@ -133,7 +153,7 @@ def _of_documents(spec: EmergenceSpec, seed: int, model: HookedJamba) -> dict[st
     }
 
 
-def _of_head(samples: torch.Tensor, model: HookedJamba, head: tuple[int, int]) -> Float[torch.Tensor, " sequences"]:
+def _of_head(samples: torch.Tensor, model: HookedJamba, head: Head) -> Float[torch.Tensor, " sequences"]:
     return samples[:, model.config.attention_layers.index(head[0]), head[1]]
 
 
@@ -180,10 +200,15 @@ def figures(spec: EmergenceSpec, rows: pd.DataFrame) -> list[go.Figure]:
         return found
 
     subtitle = "means over held-out sequences and 95 % intervals"
-    heads = panels(previous_token=PREVIOUS, induction=INDUCTION, random_order=IN_RANDOM_ORDER)
+    levels = {name: _chance(rows, measure_) for name, measure_ in (("recall", RECALL), ("label mass", LABELS))}
+    chance = {name: level for name, level in levels.items() if level is not None}
+    heads = panels(previous_token=PREVIOUS, other_head=OTHER_HEAD[PREVIOUS])
+    heads += panels(induction=INDUCTION, another_head=OTHER_HEAD[INDUCTION], random_order=IN_RANDOM_ORDER)
     told = panels(repetition=REPEATED, other_order=OTHER_ORDER, recall=RECALL, label_mass=LABELS)
     made = [courses("Heads over training", subtitle, heads, "attention", unit_range=True)] if heads else []
-    made.append(courses("What the context tells", subtitle, told, "share", unit_range=True))
+    made.append(
+        courses("What the context tells", subtitle + "; dotted: chance" * bool(chance), told, "share", True, chance)
+    )
     made.append(courses("ICL score over training", subtitle, panels(ICL=ICL), "late less early (nats)"))
     halves = half_ways(rows)
     halves = halves[(halves.p < 0.05) & np.isfinite(halves["mean"])]
@@ -212,23 +237,10 @@ def _reading_of(rows: pd.DataFrame, halves: pd.DataFrame) -> str:
     steps = sorted(rows[rows.measure.isin(EMERGING)].step.unique())
     words = f"{name} ({plural(len(steps), 'checkpoint')}, steps {steps[0]:g} to {steps[-1]:g}): "
     if clear.empty:
-        return words + "nothing that is measured here changes clearly over training (p < 0.05 after Holm)."
-    said = [
-        f"{r.measure} (from {r['first']:.2f} to {r['last']:.2f}, n = {r['n']}) is half way at step "
-        f"{number(*r[ENDS], 0)}, between the checkpoints {r['between']}"
-        for _, r in clear.iterrows()
-    ]
-    words += "; ".join(said) + "."
-    rest = halves[~halves.measure.isin(clear.measure)]
-    if len(rest):
-        values = zip(rest.measure, rest["first"], rest["last"], strict=True)
-        words += f" No clear change: {', '.join(f'{m} ({a:.2f} to {b:.2f})' for m, a, b in values)}."
-    pairs = [
-        f"{a.measure} before {b.measure}"
-        for (_, a), (_, b) in zip(clear.iterrows(), list(clear.iterrows())[1:], strict=False)
-        if a.high < b.low
-    ]
-    words += f" Clear order of neighbours: {'; '.join(pairs)}." if pairs else " No order of neighbours is clear."
+        words += "nothing that is measured here changes clearly over training (p < 0.05 after Holm)."
+    else:
+        words += _emerged(clear, halves)
+    words += _against_heads(rows, steps) + _against_chance(rows, steps[-1])
     own = rows[rows.measure.isin(CONTROLS) & (rows.step == steps[-1])]
     control = ", ".join(f"{m} {v:.2f}" for m, v in own.groupby("measure", sort=False)["value"].mean().items())
     words += f" Controls at the end: {control}." if control else ""
@@ -238,25 +250,87 @@ def _reading_of(rows: pd.DataFrame, halves: pd.DataFrame) -> str:
     return words
 
 
+def _emerged(clear: pd.DataFrame, halves: pd.DataFrame) -> str:
+    """When each came, and what came before what."""
+    said = [
+        f"{r.measure} (from {r['first']:.2f} to {r['last']:.2f}, n = {r['n']}) is half way at step "
+        f"{number(*r[ENDS], 0)}, between the checkpoints {r['between']}"
+        for _, r in clear.iterrows()
+    ]
+    words = "; ".join(said) + "."
+    rest = halves[~halves.measure.isin(clear.measure)]
+    if len(rest):
+        values = zip(rest.measure, rest["first"], rest["last"], strict=True)
+        words += f" No clear change: {', '.join(f'{m} ({a:.2f} to {b:.2f})' for m, a, b in values)}."
+    pairs = [
+        f"{a.measure} before {b.measure}"
+        for (_, a), (_, b) in zip(clear.iterrows(), list(clear.iterrows())[1:], strict=False)
+        if a.high < b.low
+    ]
+    return words + (
+        f" Clear order of neighbours: {'; '.join(pairs)}." if pairs else " No order of neighbours is clear."
+    )
+
+
+def _against_heads(rows: pd.DataFrame, steps: Sequence[float]) -> str:
+    """How much more the followed heads gained than others, on the same sequences."""
+
+    def gain(measure_: str) -> pd.Series:
+        own = rows[rows.measure == measure_].pivot(index=["seed", "sample"], columns="step", values="value")
+        return own[steps[-1]] - own[steps[0]]
+
+    kinds = [name for name, other in OTHER_HEAD.items() if (rows.measure == other).any()]
+    if not kinds:
+        return ""
+    apart = [gain(name) - gain(OTHER_HEAD[name]) for name in kinds]
+    p_values = holm([sign_flip_p(torch.tensor(values.to_numpy())) for values in apart])
+    said = [
+        f"{name} {values.mean():+.2f} ({f'p = {p:.2g}' if p < 0.05 else f'not told apart, p = {p:.2g}'})"
+        for name, values, p in zip(kinds, apart, p_values, strict=True)
+    ]
+    return f" Gain of the followed head less that of another (Holm): {'; '.join(said)}."
+
+
+def _chance(rows: pd.DataFrame, measure_: str) -> float | None:
+    own = rows[rows.measure == CHANCE + measure_]["value"]
+    return float(own.iloc[0]) if len(own) else None
+
+
+def _against_chance(rows: pd.DataFrame, last: float) -> str:
+    """Where recall and label mass end, beside what chance gives."""
+    said = []
+    for measure_ in (RECALL, LABELS):
+        chance = _chance(rows, measure_)
+        if chance is not None:
+            (line,) = summarize(rows[rows.step == last], [measure_], ()).itertuples()
+            side = "above" if line.low > chance else "not clearly above"
+            said.append(f"{measure_} {number(line.mean, line.low, line.high)} ({side} chance, {chance:.3f})")
+    return f" At the end: {'; '.join(said)}." if said else ""
+
+
 study = Study(
     name="emergence",
-    version=1,
+    version=2,
     spec=EmergenceSpec,
     question=__doc__,
     method="The snapshots of a training (snapshots/step-*, which `jambascope zoo train NAME --snapshots` keeps) are "
-    "opened one after the other and read the same sequences. Heads: of the finished weights the head with the highest "
-    "previous-token score and the one with the highest prefix matching (Olsson et al. 2022) are found on one half of "
-    "the repeated random sequences, and followed through all snapshots on the other. Repetition: accuracy on tokens "
-    "said the second time. ICL score: mean loss of the last 11 tokens of rows less that around token 25; the packaged "
-    "language packs unrelated documents into a row, of which what lies far back tells little. Recall: a table of "
-    "eight pairs is asked for; label mass: probability of both labels after eight shots (the packaged models' "
-    "language alone).\n\n"
+    "opened one after the other and read the same sequences. Heads: of the finished weights the head with the "
+    "highest previous-token score and the one with the highest prefix matching (Olsson et al. 2022) are found on "
+    "one half of the repeated random sequences, and followed through all snapshots on the other, and beside each "
+    "another head for comparison. Repetition: accuracy on tokens said the second time. ICL score: mean loss of the "
+    "last 11 tokens of rows less that around token 25; the packaged language packs unrelated documents into a row, "
+    "of which what lies far back tells little. Recall: a table of eight pairs is asked for; label mass: probability "
+    "of both labels after eight shots (the packaged models' language alone).\n\n"
     "Half way: from which step on the mean stays beyond half of its way from the first checkpoint to the last, "
     "interpolated between checkpoints in the logarithm of the step; intervals resample sequences, and the two "
     "checkpoints around bound what can be known.",
-    controls="The first checkpoint, at step 0 untrained. The head of highest prefix matching on the same tokens in "
-    "random order; accuracy on tokens said again in another order. A measure counts as emerged when its change from "
-    "the first checkpoint to the last has p < 0.05 (random signs, Holm over measures and models).",
+    controls="The first checkpoint, at step 0 untrained. Beside each followed head another of its layer, drawn at "
+    "random, through the same steps; of one attention layer, whose few heads may all do the same, the one of lowest "
+    "score on the finding half. Their gains are compared on the same sequences (random signs, Holm). Chance: of "
+    "recall one of the table's eight values, of label mass an even guess over the vocabulary. The head of highest "
+    "prefix matching on the same tokens in random order; accuracy on tokens said again in another order. A measure "
+    "counts as emerged when its change from the first checkpoint to the last has p < 0.05 (random signs, Holm over "
+    "measures and models).",
     measure=measure,
     headline=(*EMERGING, *CONTROLS),
     by=("step",),

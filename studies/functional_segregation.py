@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
 from pydantic import Field
 
-from jambascope import checkpoint
 from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
 from jambascope.hooks.intervals import percentiles, resampled_means
@@ -23,27 +19,23 @@ from jambascope.model import HookedJamba
 from jambascope.studies import ablations
 from jambascope.studies.ablations import Means, Part
 from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
-from jambascope.studies.episodes import batches
+from jambascope.studies.corpus import TEXT
 from jambascope.studies.figures.parts import Bar, grouped, layer_map
-from jambascope.studies.prompts import check_language
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 from jambascope.studies.runner.summary import number, one, summarize
-from jambascope.studies.zoo.measures import measure as measure_task
-from jambascope.studies.zoo.tasks import Task, draw
-from jambascope.zoo.documents import Document
+from jambascope.studies.segregation_prompts import (
+    HITS,
+    IN_LANGUAGE,
+    KINDS,
+    LOSS,
+    Prompts,
+    TaskName,
+    Values,
+    check_tasks,
+    prompts_of,
+)
 
-TaskName = Literal["recall", "phones", "repeat", "copy", "text"]
-DOMAINS = {
-    "recall": ("recall", {"entries": 12}),
-    "phones": ("phones", {"entries": 8}),
-    "repeat": ("repeat", {"length": 32, "times": 2}),
-    "copy": ("copy", {"count": 6, "noise": 24}),
-    "text": ("story", {}),
-}
-"""Documents of each task, of sizes in training."""
-LOSS, HITS = "loss", "accuracy"
-KINDS = {LOSS: None, HITS: "change of hits"}
 WHOLE, ATTENTION, MAMBA, TOP = "nothing", "all attention layers", "all Mamba layers", "all heads but the top"
 CONTROLS = {
     ATTENTION: "as many random layers as attention",
@@ -51,6 +43,7 @@ CONTROLS = {
     TOP: "all heads but random ones",
 }
 CHANGE, LESS, LAYER, SET = "change of ", "less the control: change of ", "layer: change of ", "random set: change of "
+FINDING = "finding half, "
 BY = ("task", "without", "k")
 ENDS = ["mean", "low", "high"]
 LEAST = 0.05
@@ -67,78 +60,63 @@ class SegregationSpec(Spec):
     tasks: tuple[TaskName, ...] = Field(
         ("recall", "phones", "repeat", "copy", "text"),
         description="Recall of pairs, of phone numbers, repeated random words (induction), selective copying, and the "
-        "words of stories that no earlier word determines.",
+        "words of stories that no earlier word determines. Models of another language can be asked repeat (random "
+        f"tokens) and text (files) alone, not {', '.join(IN_LANGUAGE)}.",
+    )
+    text: Files = Field((), description=TEXT)
+    length: int = Field(
+        64, ge=8, description="Tokens of a window of text files; half as many random tokens are said twice."
     )
     k: tuple[int, ...] = Field((1, 2), description="Numbers of attention heads that are kept.")
     draws: int = Field(5, ge=1, description="Random sets of layers or heads for comparison; fewer where fewer exist.")
 
 
 def check(spec: SegregationSpec, config: JambaConfig, directory: Path) -> None:
-    check_language(checkpoint.load_tokenizer(directory))
     total = len(config.attention_layers) * config.n_heads
     for k in spec.k if total else ():
         if not 1 <= k < total:
             raise ConfigError(f"k={k} must lie in 1..{total - 1}: it has {total} heads, and some must be taken away")
-    if not spec.tasks or len(set(spec.tasks)) < len(spec.tasks):
-        raise ConfigError(f"tasks={spec.tasks}: give at least one, each once")
+    check_tasks(spec.tasks, spec.text, spec.length, config, directory)
 
 
 def cells(spec: SegregationSpec) -> list[Cell]:
     return grid(spec, task=spec.tasks)
 
 
-def documents_of(name: str, count: int, seed: int) -> tuple[Task, list[Document]]:
-    """Held-out documents of a task. Of text the words count that nothing before them determines."""
-    domain, options = DOMAINS[name]
-    task = Task(
-        task=name, condition=name, measured="answers", domain=domain, options=tuple(options.items()), x_name=None
-    )
-    drawn = draw(task, count, seed)
-    if name == "text":
-        drawn = [
-            dataclasses.replace(doc, answers=tuple(i for i in range(len(doc.words)) if i not in doc.answers))
-            for doc in drawn
-        ]
-    return task, drawn
-
-
 def measure(spec: SegregationSpec, cell: Cell, model: HookedJamba) -> Found:
-    task, drawn = documents_of(cell["task"], spec.documents, cell["seed"])
-    half = len(drawn) // 2
-    means = ablations.mean_outputs(model, batches(drawn[:half]))
+    asked = prompts_of(model, cell["task"], spec.documents, spec.text, spec.length, cell["seed"])
+    half = len(asked) // 2
+    finding, confirming = asked.part(slice(0, half)), asked.part(slice(half, None))
+    means = ablations.mean_outputs(model, finding.batches())
 
-    def measured(documents: Sequence[Document], parts: Sequence[Part]) -> Values:
-        return _measured(model, task, documents, means, parts)
+    def measured(prompts: Prompts, parts: Sequence[Part]) -> Values:
+        return _measured(model, prompts, means, parts)
 
-    whole = measured(drawn[half:], ())
+    whole, before = measured(confirming, ()), measured(finding, ())
     rows = [row for name in KINDS for row in _rows(name, whole[name], "hit" if name == HITS else None, WHOLE, 0, half)]
     for layer in range(model.config.n_layers):
-        changes = _changes(measured(drawn[half:], ((layer, None),)), whole)
+        alone = ((layer, None),)
         where = {"layer": layer, "mixer": model.config.mixers[layer]}
-        rows += [row | where for row in _change_rows(LAYER, changes, "one layer", 1, half)]
-    for (name, k), (parts, others) in _sets(spec, cell["seed"], model, drawn[:half], measured).items():
-        found = _changes(measured(drawn[half:], parts), whole)
-        random = [_changes(measured(drawn[half:], own), whole) for own in others]
+        found = _change_rows(LAYER, _changes(measured(confirming, alone), whole), "one layer", 1, half)
+        found += _change_rows(FINDING + LAYER, _changes(measured(finding, alone), before), "one layer", 1, 0)
+        rows += [row | where for row in found]
+    for (name, k), (parts, others) in _sets(spec, cell["seed"], model, finding, measured).items():
+        found = _changes(measured(confirming, parts), whole)
+        random = [_changes(measured(confirming, own), whole) for own in others]
         rows += _compared_rows(name, k, found, random, half)
     return Found(rows)
 
 
-Values = dict[str, Float[np.ndarray, " documents"]]
-
-
-def _measured(
-    model: HookedJamba, task: Task, documents: Sequence[Document], means: Means, parts: Sequence[Part]
-) -> Values:
+def _measured(model: HookedJamba, prompts: Prompts, means: Means, parts: Sequence[Part]) -> Values:
     with model.hooks(hooks(model, ablations.without(model, means, parts))):
-        found = measure_task(model, task, documents)
-    return {name: array[:, 0] for name in KINDS for cell, array in found.items() if cell.measure == name}
+        return prompts.measured(model)
 
 
 def _changes(values: Values, whole: Values) -> Values:
     return {name: values[name] - whole[name] for name in KINDS}
 
 
-def _sets(spec: SegregationSpec, seed: int, model: HookedJamba, finding: Sequence[Document], measured) -> dict:
+def _sets(spec: SegregationSpec, seed: int, model: HookedJamba, finding: Prompts, measured) -> dict:
     """What is taken away, and the random sets it is compared to: all attention, all Mamba, all heads but some."""
     config, sets = model.config, {}
     for name, layers in ((ATTENTION, config.attention_layers), (MAMBA, config.ssm_layers)):
@@ -317,26 +295,35 @@ def _share(rows: pd.DataFrame, task: str, k: int) -> str:
 
 
 def _layers(rows: pd.DataFrame) -> str:
-    """The one layer that each task misses most."""
-    own = rows[rows.measure == LAYER + HITS].astype({"layer": int})
-    summary = summarize(own, [LAYER + HITS], ("task", "layer", "mixer"))
-    worst = summary.loc[summary.groupby("task", sort=False)["mean"].idxmin()]
-    told = [f"{r.task} layer {r.layer} ({r.mixer}, {number(r['mean'], r.low, r.high)})" for _, r in worst.iterrows()]
-    return f"Accuracy falls most without one layer, chosen and measured on the same documents: {'; '.join(told)}."
+    """The one layer that each task misses most on the finding half, and how much on the other."""
+    own = rows[rows.measure.isin([LAYER + HITS, FINDING + LAYER + HITS])].astype({"layer": int})
+    summary = summarize(own, [FINDING + LAYER + HITS, LAYER + HITS], ("task", "layer", "mixer"))
+    finding = summary[summary.measure == FINDING + LAYER + HITS]
+    told = []
+    for worst in finding.loc[finding.groupby("task", sort=False)["mean"].idxmin()].itertuples():
+        found = one(summary, measure=LAYER + HITS, task=worst.task, layer=worst.layer)
+        told.append(f"{worst.task} layer {worst.layer} ({worst.mixer}, {number(*found[ENDS])})")
+    return (
+        "Accuracy falls most without one layer, chosen on the finding half and measured on the other: "
+        f"{'; '.join(told)}."
+    )
 
 
 study = Study(
     name="functional_segregation",
-    version=1,
+    version=2,
     spec=SegregationSpec,
     question=__doc__,
-    method="Held-out documents of five tasks in the packaged models' language. Recall asks for the values of keys in a "
-    "table, phones for whole numbers of a phone book, repeat for the words of a random sequence said before "
-    "(induction), copy for words among noise (a control that Mamba solves alone). Text is stories, of which only the "
-    "words count that no earlier word determines.\n\n"
-    "Taken away is a mixer: what its output projection reads is set, at every position, to its mean over the finding "
-    "half of the documents. All numbers are of the other half. Heads are ranked, for each task by itself, by the loss "
-    "when all others of the model are taken away; then all heads but the top k are.",
+    method="Held-out documents of five tasks in the packaged models' language. Recall asks for the values of keys "
+    "in a table, phones for whole numbers of a phone book, repeat for the words of a random sequence said before "
+    "(induction), copy for words among noise (a control that Mamba solves alone). Text is stories, of which only "
+    "the words count that no earlier word determines. Of models of another language repeat is different random "
+    "tokens said twice, whose second saying but its first token counts, and text is windows of text files, of which "
+    "all tokens count; recall, phones and copy need the packaged models' language.\n\n"
+    "Taken away is a mixer: what its output projection reads is set, at every position, to its mean over the "
+    "finding half of the documents. All numbers are of the other half. Heads are ranked, for each task by itself, "
+    "by the loss when all others of the model are taken away; then all heads but the top k are. The one layer that "
+    "a task needs most is chosen on the finding half, too.",
     controls="As many random layers: others where there are enough, else any other set. As many random heads kept. "
     "Differences to them in loss are tested by flipping signs over documents, corrected by Holm over all tasks and "
     "parts. Copy and text: what is about looking things up should change nothing there.",

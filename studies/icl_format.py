@@ -335,18 +335,20 @@ study = Study(
     version=1,
     spec=FormatSpec,
     question=__doc__,
-    method="Few-shot reviews of two classes, whose two label words change with every episode (the Jamba paper, arXiv "
-    "2403.19887, section 6, in the packaged models' language; held-out combinations). At every label: the probability "
-    "of both labels together (label mass), whether the likeliest word of the vocabulary is one of them (valid rate) "
-    "or the right one (accuracy free), whether the right one is the likelier of the two (accuracy restricted), and "
-    "what of that is lost by answering outside of them (format gap: restricted less free). Accuracies are of labels "
-    "whose class an earlier example showed. Calibration error is of the likelier label's share of the label mass. "
-    "Models with another tokenizer read the same text, and a label stands for its first token.\n\n"
-    "In a hybrid, all attention layers are then taken away: what their output projection reads is set to its mean over "
-    "other episodes of the same condition. Who follows the format is told by what that changes.",
-    controls="As many random Mamba layers, and as many random Mamba channels as all heads have dimensions, taken away "
-    "in the same way; differences to them are tested by flipping signs over episodes, corrected by Holm over all "
-    "conditions, measures and controls. Shuffled labels, drawn anew for every review: only the label set can be "
+    method="Few-shot reviews of two classes, whose two label words change with every episode (the Jamba paper, "
+    "arXiv 2403.19887, section 6, in the packaged models' language; held-out combinations). At every label: the "
+    "probability of both labels together (label mass), whether the likeliest word of the vocabulary is one of them "
+    "(valid rate) or the right one (accuracy free), whether the right one is the likelier of the two (accuracy "
+    "restricted), and what of that is lost by answering outside of them (format gap: restricted less free). "
+    "Accuracies are of labels whose class an earlier example showed. Calibration error is of the likelier label's "
+    "share of the label mass. Models with another tokenizer read the same text, and a label stands for its first "
+    "token.\n\n"
+    "In a hybrid, all attention layers are then taken away: what their output projection reads is set to its mean "
+    "over other episodes of the same condition. Who follows the format is told by what that changes. No components "
+    "are selected, so no half of the episodes is held out for confirmation.",
+    controls="As many random Mamba layers, and as many random Mamba channels as all heads have dimensions, taken "
+    "away in the same way; differences to them are tested by flipping signs over episodes, corrected by Holm over "
+    "all conditions, measures and controls. Shuffled labels, drawn anew for every review: only the label set can be "
     "learned, and accuracy must be chance. No shots: label mass before any label was shown. Chance is one half.",
     measure=measure,
     headline=(MASS, VALID, FREE, AMONG, GAP, CALIBRATION, *(CHANGE + name for name in ABLATED)),

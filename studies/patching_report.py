@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -22,7 +25,7 @@ HEADLINE = (EFFECT, *RUNS, ALIKE, NOTHING, EVERYTHING)
 BY = ("direction", "component", "cells")
 ENDS = ["mean", "low", "high"]
 LEVEL = 0.05
-PLACE = ["component", "layer", "unit", "group"]
+UNITS = {"k": "KV head", "v": "KV head", "expert_out": "expert"}
 MEANING = {"denoise": "clean values into the corrupted run", "noise": "corrupted values into the clean run"}
 
 
@@ -80,7 +83,9 @@ def _map(model: str, direction: str, cells: pd.DataFrame) -> go.Figure:
         mean = own.groupby(["layer", "unit", "group"])["value"].mean()
         values = np.array([[mean.get((*line, group), np.nan) for group in groups] for line in lines])
         several = own.unit.nunique() > 1
-        names = tuple(f"layer {layer}, head {unit}" if several else f"layer {layer}" for layer, unit in lines)
+        names = tuple(
+            f"layer {layer}, {_unit(component)} {unit}" if several else f"layer {layer}" for layer, unit in lines
+        )
         found = own[own["rank"] > 0][["layer", "unit", "group"]].drop_duplicates().to_records(index=False).tolist()
         marked = tuple((lines.index((layer, unit)), groups.index(group)) for layer, unit, group in found)
         panels.append(Panel(component, names, values, marked))
@@ -89,7 +94,7 @@ def _map(model: str, direction: str, cells: pd.DataFrame) -> go.Figure:
     return effect_maps(f"{model}, {direction}: {MEANING[direction]}", subtitle, groups, panels, "effect")
 
 
-def reading(spec: Spec, rows: pd.DataFrame) -> str:
+def reading(spec: Any, rows: pd.DataFrame) -> str:
     """What was found of every recipe and direction, also when that is nothing."""
     found = _found(rows)
     parts = []
@@ -100,7 +105,7 @@ def reading(spec: Spec, rows: pd.DataFrame) -> str:
             parts.append("No pair is told apart by the model, so there is nothing to patch between: nothing was found.")
             continue
         parts += [_direction(own, found, direction) for direction in own.direction.unique()]
-        parts.append(_checks(own))
+        parts.append(_checks(own) + _lacking(spec, own))
     return "\n\n".join(parts)
 
 
@@ -121,7 +126,9 @@ def _direction(rows: pd.DataFrame, found: pd.DataFrame, direction: str) -> str:
     summary, words = summarize(own, [EFFECT], BY), []
     if not len(summary):
         return f"{head} Too few pairs are left to confirm any cell."
-    confirmed = _confirmed(found[(found.direction == direction) & found.model.isin(own.model.unique())])
+    units = own[own.measure == CELL].groupby("component")["unit"].nunique()
+    here = found[(found.direction == direction) & found.model.isin(own.model.unique())]
+    confirmed = _confirmed(here, set(units[units > 1].index))
     for component in summary.component.unique():
         at = summary[summary.component == component]
         top, random, less = (one(at, cells=cells) for cells in ("found", "random", "found less random"))
@@ -135,7 +142,16 @@ def _direction(rows: pd.DataFrame, found: pd.DataFrame, direction: str) -> str:
     return f"{head} {confirmed}\n\nOn held-out pairs: {' '.join(words)}"
 
 
-def _confirmed(found: pd.DataFrame) -> str:
+def _unit(component: str) -> str:
+    """What the cells of a component are, where it has several at a position."""
+    return UNITS.get(component.rsplit("hook_", 1)[-1], "head")
+
+
+def _unit_of(row: pd.Series, several: Collection[str]) -> str:
+    return f" {_unit(row.component)} {row.unit}" if row.component in several else ""
+
+
+def _confirmed(found: pd.DataFrame, several: Collection[str]) -> str:
     good = found[found.confirmed == "yes"].sort_values("mean", key=lambda v: -v.abs(), kind="stable")
     said = f"{len(good)} of {len(found)} found cells are confirmed on held-out pairs (random signs, Holm)"
     if not len(good) and len(found) * 2 / 2 ** int(found.n.max()) >= LEVEL:
@@ -144,7 +160,7 @@ def _confirmed(found: pd.DataFrame) -> str:
         return f"{said}: nothing was found."
     first = good[good.component != "resid_pre"].head(4)
     largest = "; ".join(
-        f"{row.component} of layer {row.layer}{f' head {row.unit}' if row.component == 'z' else ''} at {row.group} "
+        f"{row.component} of layer {row.layer}{_unit_of(row, several)} at {row.group} "
         f"{number(row['mean'], row.low, row.high)}"
         for _, row in first.iterrows()
     )
@@ -179,3 +195,8 @@ def _checks(rows: pd.DataFrame) -> str:
         f"{len(nothing)}), patches of every position by {everything.min():.4f} to {everything.max():.4f} (n = "
         f"{len(everything)})."
     )
+
+
+def _lacking(spec: Any, rows: pd.DataFrame) -> str:
+    lacking = [name for name in spec.components if name not in set(rows.component)]
+    return f" It has no {', '.join(lacking)}." if lacking else ""

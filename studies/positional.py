@@ -21,6 +21,7 @@ from jambascope.studies.corpus import TEXT, check_corpus, losses_and_hits, mixed
 from jambascope.studies.figures.zoo import Panel, Point, lines
 from jambascope.studies.positional_reading import (
     ACCURACY,
+    CHANCE,
     FIRST_TIME,
     LOSS,
     OTHER_FILLER,
@@ -28,18 +29,22 @@ from jambascope.studies.positional_reading import (
     RECALL,
     REPEATED,
     SHIFTED,
+    chance_of_recall,
     differences,
     reading,
     windows,
 )
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study
 from jambascope.studies.runner.summary import summarize
 from jambascope.zoo import scoring
 from jambascope.zoo.documents import secret
+from jambascope.zoo.words import KEYS
 
 CURVES = (LOSS, ACCURACY, REPEATED, FIRST_TIME, OTHER_ORDER, RECALL, SHIFTED, OTHER_FILLER)
 BY = ("x",)
+SECRETS = KEYS[32:]
+"""The words of which ``secret`` announces one."""
 
 
 class PositionalSpec(Spec):
@@ -52,7 +57,7 @@ class PositionalSpec(Spec):
     distances: tuple[int, ...] = Field((4, 20, 80, 160, 320, 640), description="Words between a secret and its recall.")
     shifts: tuple[int, ...] = Field((64, 128, 256, 512, 768), description="Tokens of filler before a prompt.")
     shifted_length: int = Field(24, ge=4, description="Random tokens, said twice, that are shifted.")
-    text: tuple[str, ...] = Field((), description=TEXT)
+    text: Files = Field((), description=TEXT)
     batch_size: int = Field(4, ge=1, description="Prompts run at a time.")
 
     @field_validator("factors", "repeats", "distances", "shifts")
@@ -66,6 +71,8 @@ class PositionalSpec(Spec):
     def _trained_first(self) -> PositionalSpec:
         if self.factors[0] != 1:
             raise ValueError(f"factors={self.factors} must begin with 1, the trained length, and go on beyond it")
+        if len(self.factors) < 2:
+            raise ValueError(f"factors={self.factors} do not go beyond the trained length; add 2, or more")
         return self
 
 
@@ -129,7 +136,7 @@ def _recall_rows(spec: PositionalSpec, model: HookedJamba, seed: int) -> list[di
         drawn = [secret(np.random.default_rng([n, distance, 3]), "held_out", distance=distance) for n in numbers]
         hits = scoring.answer_scores(model, drawn).hits[:, 0]
         rows += [row | {"kind": "hit"} for row in _samples(RECALL, distance, hits)]
-    return rows
+    return [*rows, {"measure": CHANCE, "sample": 0, "value": 1 / len(SECRETS)}]
 
 
 def _shift_rows(spec: PositionalSpec, model: HookedJamba, seed: int) -> list[dict[str, Any]]:
@@ -179,7 +186,8 @@ def figures(spec: PositionalSpec, rows: pd.DataFrame) -> list[go.Figure]:
                              panel("other order (control)", OTHER_ORDER, half)])], "tokens said twice"),
     ]  # fmt: skip
     if (summary.measure == RECALL).any():
-        recalled = [("accuracy", [panel("", RECALL, trained[1])])]
+        chance = {"chance": [(float(x), chance_of_recall(rows)) for x in (spec.distances[0], spec.distances[-1])]}
+        recalled = [("accuracy", [Panel("", _points(summary, RECALL), trained, chance)])]
         made.append(lines("Recall of one word", "shaded: fits into the trained length", recalled, "words between"))
     moved = [
         ("change (nats)", [panel("shifted", SHIFTED, trained[1]), panel("other filler", OTHER_FILLER, trained[1])])
@@ -197,7 +205,7 @@ def tables(spec: PositionalSpec, rows: pd.DataFrame) -> Sequence[tuple[str, pd.D
 
 study = Study(
     name="positional",
-    version=1,
+    version=2,
     spec=PositionalSpec,
     question=__doc__,
     method="By position: loss and accuracy on held-out rows of the training's mixture (or text files) several times "
@@ -205,10 +213,12 @@ study = Study(
     "second time but for its first token. Recall: a word is announced, others follow, and it is asked for (the "
     "packaged models' language alone). Shift: the same random tokens said twice, behind more and more filler of the "
     "mixture, which is no padding: the change of the loss on the repetition. Models read the same prompts, and "
-    "differences are paired.",
+    "differences are paired.\n\n"
+    "No components are selected, so no half of the prompts is held out.",
     controls="Within the trained length, the same measure. Repetition: accuracy the first time, and on the same "
     "tokens said again in another order, which nothing tells. Shift: other filler of the same length. p-values of "
-    "paired differences by random signs, corrected after Holm.",
+    "paired differences by random signs, corrected after Holm. Chance of recall: a random word of those that are "
+    "ever announced.",
     measure=measure,
     headline=CURVES,
     by=BY,

@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
+from jambascope.studies.comparisons import by_sample, holm, interval, sign_flip_p
 from jambascope.studies.head_ablation import plural
 from jambascope.studies.runner.summary import number, summarize
 
 ENDS = ["mean", "low", "high"]
 LOSS, ACCURACY = "loss by position", "accuracy by position"
 REPEATED, FIRST_TIME, OTHER_ORDER = "accuracy on the repetition", "accuracy before it", "accuracy, other order again"
-RECALL = "accuracy of recall by distance"
+RECALL, CHANCE = "accuracy of recall by distance", "chance of recall"
 SHIFTED, OTHER_FILLER = "change of loss by a shift", "change of loss by other filler"
 
 
@@ -38,11 +38,7 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
         less = (means[recipe] - means[recipes[0]]).dropna()
         for (measure_, x), own in less.groupby(level=["measure", "x"], sort=False):
             values = torch.tensor(own.to_numpy())
-            part = pd.DataFrame(
-                {"model": recipe, "recipe": recipe, "measure": measure_, "seed": 0, "value": own.to_numpy()}
-            )
-            (line,) = summarize(part.assign(sample=range(len(part))), [measure_], ()).to_dict("records")
-            ends = {name: line[name] for name in (*ENDS, "n")}
+            ends = dict(zip(ENDS, interval(values), strict=True)) | {"n": len(values)}
             lines_.append({"recipe": recipe, "measure": measure_, "x": x} | ends | {"p": sign_flip_p(values)})
     table = pd.DataFrame(lines_, columns=["recipe", "measure", "x", *ENDS, "n", "p"])
     return table.assign(p=holm(table.p.tolist()))
@@ -93,6 +89,7 @@ def _reading_of(spec: Any, rows: pd.DataFrame, recipe: str) -> str:
     words += " " + _falls(rows, REPEATED, spec.repeats, "repeating random tokens", "tokens", FIRST_TIME)
     if (rows.measure == RECALL).any():
         words += " " + _falls(rows, RECALL, spec.distances, "recalling one word", "words between")
+        words += _from_chance(rows, spec.distances)
     return f"{words}\n\n{_shift(spec, rows)}"
 
 
@@ -116,6 +113,18 @@ def _falls(
     return (
         f"{words}, {fall if learned else 'nowhere clearly better than the first time'} ({chance:.3f} the first time)."
     )
+
+
+def chance_of_recall(rows: pd.DataFrame) -> float:
+    return float(rows[rows.measure == CHANCE]["value"].iloc[0])
+
+
+def _from_chance(rows: pd.DataFrame, distances: Sequence[int]) -> str:
+    """From which distance on recall is no longer clearly better than chance."""
+    chance = chance_of_recall(rows)
+    low = [x for x in distances if _paired(rows, RECALL, x)[0].low <= chance]
+    where = f"not clearly above it at {', '.join(map(str, low))}" if low else "and everywhere above it"
+    return f" Chance is {chance:.3f}, {where}."
 
 
 def _shift(spec: Any, rows: pd.DataFrame) -> str:

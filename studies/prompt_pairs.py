@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -49,6 +50,11 @@ class PromptPairs:
     def changed_from(self) -> int:
         """The first position in which any pair differs."""
         return int((self.clean != self.corrupted).any(0).int().argmax())
+
+    def by_position(self) -> PromptPairs:
+        """Every position is a group of its own, named by its number and its role."""
+        roles = {at: role for role, own in self.groups.items() for at in own}
+        return dataclasses.replace(self, groups={f"{at} {roles[at]}": (at,) for at in sorted(roles)})
 
     def part(self, rows: slice) -> PromptPairs:
         fields = (self.clean, self.corrupted, self.answers, self.wrong)

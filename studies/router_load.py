@@ -34,7 +34,7 @@ from jambascope.studies.expert_ablation import CHANGE, FORMS, SPECIFIC, TRAINED_
 from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.routing import domain_shares, expert_loads
 from jambascope.studies.router_reading import balance_table, dependence_lines, parallel_lines, reading
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid_and_once
 from jambascope.studies.runner.summary import summarize
 
@@ -47,7 +47,7 @@ class RouterSpec(Spec):
 
     prompts: int = Field(8, ge=2, description="Of each domain; favourites are found on one half of them.")
     length: int = Field(128, ge=8, description="Tokens of a prompt.")
-    text: tuple[str, ...] = Field((), description=TEXT)
+    text: Files = Field((), description=TEXT)
     devices: tuple[int, ...] = Field((2, 4), description="Devices that experts are spread over, in blocks.")
     window: int = Field(256, ge=1, description="Tokens that are dispatched in one step.")
     draws: int = Field(7, ge=1, description="Random other experts that are taken away; fewer where fewer exist.")

@@ -15,11 +15,12 @@ from jambascope import checkpoint
 from jambascope.config import JambaConfig
 from jambascope.errors import CheckpointError, ConfigError
 from jambascope.hooks.intervals import resampled_means
+from jambascope.zoo import recipes
 from jambascope.zoo.train import RECORD
 
 LEAST = 3
 """Fewer snapshots have no course."""
-REMEDY = "give the directory of a run that keeps them: jambascope zoo train NAME --snapshots"
+PACKAGED = "jamba-micro"
 
 
 def snapshots(directory: Path) -> dict[int, Path]:
@@ -38,8 +39,18 @@ def snapshots(directory: Path) -> dict[int, Path]:
     if found and steps is not None and steps > max(found):
         found[steps] = directory
     if len(found) < LEAST:
-        raise ConfigError(f"it has {len(found)} snapshots/step-* of its training, and {LEAST} are needed; {REMEDY}")
+        raise ConfigError(
+            f"it has {len(found)} snapshots/step-* of its training, and {LEAST} are needed; {_remedy(directory)}"
+        )
     return dict(sorted(found.items()))
+
+
+def _remedy(directory: Path) -> str:
+    """What trains the model anew with snapshots, and what then asks for it; of an unknown recipe, the packaged one."""
+    name = record(directory).get("name")
+    name = name if name in recipes.RECIPES else PACKAGED
+    seed = recipes.recipe(name).spec.seed
+    return f"keep them: jambascope zoo train {name} --snapshots, then --model runs/zoo/{name}/seed-{seed}"
 
 
 def record(directory: Path) -> dict:

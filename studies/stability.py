@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jambascope import checkpoint
 from jambascope.config import JambaConfig
@@ -18,14 +18,15 @@ from jambascope.errors import ConfigError
 from jambascope.hook_point import At
 from jambascope.model import HookedJamba, initialize
 from jambascope.studies import training_stress
+from jambascope.studies.comparisons import fingerprint
 from jambascope.studies.corpus import TEXT, check_corpus, mixed
 from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.zoo import Point
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid_and_once
 from jambascope.studies.runner.summary import number, summarize
-from jambascope.studies.stability_reading import BY, ENDS, GROWTH, MAX, POINTS, RMS, UNTRAINED, names_of, reading
+from jambascope.studies.stability_reading import BY, ENDS, GROWTH, MAX, NORMS, POINTS, RMS, UNTRAINED, names_of, reading
 from jambascope.studies.training_stress import (
     CLIPPED,
     DIPS,
@@ -48,12 +49,19 @@ class StabilitySpec(Spec):
         (0, 128, 256, 512, 1024), description="Positions that part the prompts into windows."
     )
     trained: int = Field(256, ge=1, description="Length of the training's sequences, one of the edges.")
-    text: tuple[str, ...] = Field((), description=TEXT)
+    text: Files = Field((), description=TEXT)
     untrained: bool = Field(True, description="Also measure a model of the same shape with random weights (control).")
     rates: tuple[float, ...] = Field((0.003, 0.03, 0.1), description="Learning rates of the trainings here.")
     steps: int = Field(60, ge=1, description="Of each of those trainings.")
     trainings: int = Field(3, ge=0, description="Pairs with and without inner norms at each rate; 0 for none.")
     batch_size: int = Field(4, ge=1, description="Prompts run at a time.")
+
+    @field_validator("rates")
+    @classmethod
+    def _rising(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
+            raise ValueError("give positive numbers that rise, the lowest an ordinary learning rate")
+        return rates
 
     @model_validator(mode="after")
     def _windows(self) -> StabilitySpec:
@@ -80,7 +88,8 @@ def measure(spec: StabilitySpec, cell: Cell, model: HookedJamba) -> Found:
     if cell["part"] == "learning-rate stress":
         return Found(training_stress.stress_rows(spec.rates, spec.steps, spec.trainings, cell["seed"]))
     tokens = mixed(model, spec.text, spec.prompts, spec.edges[-1], cell["seed"])
-    rows = _rows(spec, model, tokens, "")
+    rows = [fingerprint(tokens), {"measure": NORMS, "sample": 0, "value": float(model.config.inner_norms)}]
+    rows += _rows(spec, model, tokens, "")
     if spec.untrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cell["seed"])
@@ -222,7 +231,7 @@ def _stress_figure(spec: StabilitySpec, rows: pd.DataFrame) -> list[go.Figure]:
 
 study = Study(
     name="stability",
-    version=1,
+    version=2,
     spec=StabilitySpec,
     question=__doc__,
     method="Held-out text of the training's mixture, longer than training's, is read once. In every Mamba layer the "
@@ -232,13 +241,17 @@ study = Study(
     "that ends with the trained length.\n\n"
     "Where training/log.parquet lies beside the weights, loss spikes are counted: steps above the median of the 50 "
     "before by six robust standard deviations, but for the 50 after a change of data.\n\n"
-    "Learning-rate stress: small models (four layers of width 32) are trained here with inner norms (on dt, B and C) "
-    "and without, from equal seeds on equal batches, at rates up to far beyond what is used. A training diverged when "
-    "a loss was not finite, or at the end no lower than that of an even guess.",
-    controls="A wider window has larger magnitudes by its width alone, which RMS does not: growth is told by RMS. The "
-    "window that ends with the trained length is what growth is measured against. Random weights: the same of a model "
-    "of this shape that has learned nothing. Dips: steps as far below the median, which noise gives as often as "
-    "spikes. The lowest rate of the stress is an ordinary one, at which nothing should happen.",
+    "Learning-rate stress: small models (four layers of width 32) are trained here with inner norms (on dt, B and "
+    "C) and without, in pairs of equal seeds and batches, at rates up to far beyond what is used; every pair has a "
+    "seed of its own. A training diverged when a loss was not finite, or at the end no lower than that of an even "
+    "guess. Pairs are compared by exact tests (all assignments of signs; of divergences that is McNemar's), "
+    "corrected after Holm. Models that read the same prompts are compared on them, by the ratio of their largest "
+    "activations.\n\n"
+    "No components are selected, so no half of the prompts is held out.",
+    controls="A wider window has larger magnitudes by its width alone, which RMS does not: growth is told by RMS. "
+    "The window that ends with the trained length is what growth is measured against. Random weights: the same of a "
+    "model of this shape that has learned nothing. Dips: steps as far below the median, which noise gives as often "
+    "as spikes. The lowest rate of the stress is an ordinary one, at which nothing should happen.",
     measure=measure,
     headline=(
         *(GROWTH + q for q in POINTS),

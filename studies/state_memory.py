@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -17,13 +18,13 @@ from jambascope.errors import ConfigError
 from jambascope.hooks.heads import repeated_random_tokens
 from jambascope.model import HookedJamba
 from jambascope.studies import state_pairs, state_probes
-from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
+from jambascope.studies.comparisons import by_sample, fingerprint, holm, interval, same_prompts, sign_flip_p
 from jambascope.studies.figures.parts import Bar, grouped
 from jambascope.studies.prompts import check_language
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 from jambascope.studies.runner.summary import number, one, summarize
-from jambascope.studies.state_pairs import KEYS, NONE, OTHER, PERSISTENT, QUERY_READ, TRANSIENT
+from jambascope.studies.state_pairs import BEST, CHANNELS, KEYS, NONE, OTHER, PERSISTENT, QUERY_READ, TRANSIENT
 from jambascope.studies.state_probes import BY_LAYER, CONTROL, HITS, SELECTIVITY, STATE, STREAM, UNTRAINED
 
 Asked = Literal["episodes", "words", "half-life", "labels", "query", "repetition"]
@@ -36,6 +37,7 @@ PAIRS = {
 }
 MEDIAN, LONGEST = "median half-life, tokens", "half-life of the longest tenth, tokens"
 WHOLE, CHANGE, SHARE, LAYER = "clean less corrupted, logits", "change, logits", "share", "layer: share"
+HALF_LIVES = "median half-lives, times as long"
 BY = ("asked", "what", "layer")
 ENDS = ["mean", "low", "high"]
 
@@ -54,6 +56,7 @@ class MemorySpec(Spec):
     distances: tuple[int, ...] = Field((1, 4, 16, 32), description="Positions back to the word that is probed for.")
     length: int = Field(24, ge=4, description="Random tokens that are repeated.")
     windows: tuple[int, ...] = Field((4,), description="Read-outs that see a windowed patch of the states.")
+    draws: int = Field(5, ge=1, description="Random sets of as many channels as one layer has, of any Mamba layers.")
     untrained: bool = Field(True, description="Also probe states of a model with random weights (control).")
     batch_size: int = Field(8, ge=1, description="Prompts run at a time.")
 
@@ -85,21 +88,23 @@ def measure(spec: MemorySpec, cell: Cell, model: HookedJamba) -> Found:
     asked, seed = cell["asked"], cell["seed"]
     if asked == "half-life":
         tokens = repeated_random_tokens(model, min(spec.pairs, 16), spec.length, seed=seed)
-        return Found(state_probes.half_life_rows(model, tokens))
+        return Found([*state_probes.half_life_rows(model, tokens), fingerprint(tokens)])
     if asked in ("episodes", "words"):
         probed = (
             state_probes.few_shot(spec.prompts, spec.shots, seed)
             if asked == "episodes"
             else state_probes.random_words(model, spec.prompts, spec.distances, seed)
         )
-        return Found(state_probes.probe_rows(model, probed, spec.untrained, spec.batch_size, seed))
+        rows = state_probes.probe_rows(model, probed, spec.untrained, spec.batch_size, seed)
+        return Found([*rows, fingerprint(probed.tokens)])
     if asked == "repetition":
         pairs = state_pairs.repetition_pairs(model, spec.pairs, spec.length, seed)
     else:
         draw = state_pairs.label_pairs if asked == "labels" else state_pairs.query_pairs
         pairs = draw(spec.pairs, spec.shots, seed)
     rows = state_pairs.together_rows(model, pairs, spec.windows, spec.batch_size)
-    return Found(rows + state_pairs.layer_rows(model, pairs, spec.windows))
+    rows += state_pairs.layer_rows(model, pairs, spec.windows, spec.draws, spec.batch_size, seed)
+    return Found([*rows, fingerprint(torch.cat((pairs.clean, pairs.corrupted)))])
 
 
 # -- the report ----------------------------------------------------------------------------------------------
@@ -217,12 +222,15 @@ def _patches(rows: pd.DataFrame, asked: str) -> str:
     shares = summary[summary.measure == SHARE]
     if whole.low <= 0 or not len(shares):
         return f"{begin} on average, so the right one is not remembered; what carries it is not told."
-    words = [f"{r.what} {number(*r[ENDS])}" for _, r in shares.iterrows() if r.what not in (OTHER, NONE)]
-    controls = [f"{r.what} {number(*r[ENDS])}" for _, r in shares.iterrows() if r.what in (OTHER, NONE)]
+    told = [(r.what, f"{r.what} {number(*r[ENDS])}") for _, r in shares.iterrows()]
+    words = [words for what, words in told if what not in (OTHER, NONE, BEST, CHANNELS)]
+    controls = [words for what, words in told if what in (OTHER, NONE)]
+    alone = [words for what, words in told if what in (BEST, CHANNELS)]
     changes = rows[rows.measure == CHANGE]
     of = {patch: own.set_index(["model", "seed", "sample"])["value"] for patch, own in changes.groupby("what")}
     names, differences = [], []
-    for first, second in ((PERSISTENT, OTHER), (PERSISTENT, KEYS), (PERSISTENT, TRANSIENT), (QUERY_READ, NONE)):
+    compared = ((PERSISTENT, OTHER), (PERSISTENT, KEYS), (PERSISTENT, TRANSIENT), (QUERY_READ, NONE), (BEST, CHANNELS))
+    for first, second in compared:
         if first in of and second in of:
             names.append((first, second))
             differences.append((of[first] - of[second]).groupby(["seed", "sample"]).mean())
@@ -235,59 +243,94 @@ def _patches(rows: pd.DataFrame, asked: str) -> str:
     ]
     return (
         f"{begin}. Of that, put into all layers at once where the prompts become alike, in the {int(shares.n.max())} "
-        f"pairs apart enough: {'; '.join(words)}. Controls: {'; '.join(controls)}. After Holm: {'; '.join(tested)}."
+        f"pairs apart enough: {'; '.join(words)}. Controls: {'; '.join(controls)}.{_alone(shares, alone)} After Holm: "
+        f"{'; '.join(tested)}."
+    )
+
+
+def _alone(shares: pd.DataFrame, words: Sequence[str]) -> str:
+    """The one layer beside random channels; nothing where there is one Mamba layer."""
+    n = shares[shares.what == BEST].n.max()
+    return (
+        f" By itself, chosen on one half of the pairs and measured on the other (n = {int(n)}): {'; '.join(words)}."
+        if words
+        else ""
     )
 
 
 def _between(rows: pd.DataFrame) -> list[str]:
-    """What the states of the first model tell better or worse than those of each other, on the same prompts."""
+    """What the states of the first model tell, carry and keep more or less than those of each other, where both read
+    the same prompts."""
     recipes = list(rows.recipe.unique())
-    own = rows[rows.measure == HITS]
-    own = own[own.features == STATE] if len(own) else own
-    pairs = []
-    for other in recipes[1:]:
-        for target in own.target.unique():
-            first, second = (
-                by_sample(own[(own.target == target) & (own.recipe == recipe)]) for recipe in (recipes[0], other)
-            )
-            if len(first) and len(second):
-                pairs.append((other, target, torch.tensor((first - second).dropna().to_numpy())))
-    if not pairs:
+    found = [(other, *pair) for other in recipes[1:] for pair in _paired(rows, recipes[0], other)]
+    if not found:
         return []
-    p_values = holm([sign_flip_p(apart) for *_, apart in pairs])
-    told = [
-        f"{target} {apart.mean():+.2f} ({f'p = {p:.2g}' if p < 0.05 else f'no difference told, p = {p:.2g}'})"
-        if len(recipes) == 2
-        else f"less {other}, {target} {apart.mean():+.2f} (p = {p:.2g})"
-        for (other, target, apart), p in zip(pairs, p_values, strict=True)
-    ]
-    which = f" less {recipes[1]}" if len(recipes) == 2 else ""
+    p_values = holm([sign_flip_p(values) for *_, values in found])
+    said: dict[str, list[str]] = {}
+    for (other, kind, name, values), p in zip(found, p_values, strict=True):
+        ends = interval(values)
+        shown = number(*(torch.tensor(ends).exp().tolist() if kind == HALF_LIVES else ends))
+        clear = f"p = {p:.2g}" if p < 0.05 else f"no difference told, p = {p:.2g}"
+        which = f"less {other}, " if len(recipes) > 2 else ""
+        said.setdefault(kind, []).append(f"{which}{name} {shown} ({clear}, n = {len(values)})")
+    to = f"{recipes[0]} less {recipes[1]}" if len(recipes) == 2 else recipes[0]
+    kinds = [f"{kind}: {'; '.join(words)}" for kind, words in said.items()]
     return [
-        f"Accuracy off the states of {recipes[0]}{which}, each at its best layer, on the same prompts, p after Holm: "
-        f"{'; '.join(told)}. Of one training each that says nothing about another."
+        f"{to}, on the same prompts, p after Holm. {'. '.join(kinds)}. Of one training each that says nothing about "
+        "another."
     ]
+
+
+def _paired(rows: pd.DataFrame, first: str, other: str) -> list[tuple[str, str, torch.Tensor]]:
+    """Kind and name of every comparison, and the differences by prompt, trainings averaged."""
+    found = []
+    for asked in rows.asked.unique():
+        sides = [rows[(rows.recipe == recipe) & (rows.asked == asked)] for recipe in (first, other)]
+        for kind, name, parts in _compared(sides, asked) if same_prompts(sides) else ():
+            apart = (by_sample(parts[0]) - by_sample(parts[1])).dropna()
+            if len(apart):
+                found.append((kind, name, torch.tensor(apart.to_numpy())))
+    return found
+
+
+def _compared(sides: Sequence[pd.DataFrame], asked: str) -> list[tuple[str, str, list[pd.DataFrame]]]:
+    """Probes of states by target; the share that goes through states; logarithms of half-lives, layers averaged."""
+    if asked == "half-life":
+        own = [side[side.measure == MEDIAN] for side in sides]
+        return [(HALF_LIVES, "of all layers", [side.assign(value=np.log(side["value"])) for side in own])]
+    if asked in PAIRS:
+        own = [side[(side.measure == SHARE) & (side.what == PERSISTENT)] for side in sides]
+        return [("share of the difference that goes through states", asked, own)]
+    own = [side[(side.measure == HITS) & (side.features == STATE)] for side in sides]
+    targets = own[0].target.unique()
+    return [("accuracy off the states", t, [side[side.target == t] for side in own]) for t in targets]
 
 
 study = Study(
     name="state_memory",
-    version=1,
+    version=2,
     spec=MemorySpec,
     question=__doc__,
-    method="Probes: ridge regression onto classes, cross-validated, of the whole state of a layer (channels x d_state) "
-    'at one position of each prompt. Few-shot reviews are read at the final ":": which label words the episode uses, '
-    "the class of the last example, the class that is asked. Sequences of eight random tokens are read at their end: "
-    "the token so many positions before. Half-lives: ln 2 / (|A| mean dt) of every entry, on random tokens.\n\n"
-    "Patches: two prompts that differ up to a border and are alike after it; the logit difference of their two answers "
-    "is read at the end. The clean run's memory is put into the corrupted one in all layers at once: states with the "
-    "convolutions' last inputs, for good (states), for some read-outs (windowed) or for one (transient, the state "
-    "alone), and the keys and values of the attention layers up to the border. Also the read-out of the query alone. "
-    "Then each layer by itself (hooks.sweep). A share is (patched - corrupted) / (clean - corrupted), of pairs whose "
-    "runs differ by half a logit at least.",
-    controls="Probes: shuffled labels (selectivity is the accuracy less that); the state of a model of the same shape "
-    "with random weights, which keeps recent words, too; the stream that enters the layer. Patches: its own states put "
-    "in again must change nothing; states, keys and values together must make all of the difference, and in pure Mamba "
-    "states alone must; the states of another pair are as foreign, but hold "
-    "neither answer, which by itself may be worth half of the difference.",
+    method="Probes: ridge regression onto classes, cross-validated, of the whole state of a layer (channels x "
+    'd_state) at one position of each prompt. Few-shot reviews are read at the final ":": which label words the '
+    "episode uses, the class of the last example, the class that is asked. Sequences of eight random tokens are "
+    "read at their end: the token so many positions before. Half-lives: ln 2 / (|A| mean dt) of every entry, on "
+    "random tokens.\n\n"
+    "Patches: two prompts that differ up to a border and are alike after it; the logit difference of their two "
+    "answers is read at the end. The clean run's memory is put into the corrupted one in all layers at once: states "
+    "with the convolutions' last inputs, for good (states), for some read-outs (windowed) or for one (transient, "
+    "the state alone), and the keys and values of the attention layers up to the border. Also the read-out of the "
+    "query alone. Then each layer by itself (hooks.sweep), and of the layer that carries most on one half of the "
+    "pairs the share on the other half. A share is (patched - corrupted) / (clean - corrupted), of pairs whose runs "
+    "differ by half a logit at least.\n\n"
+    "Models that read the same prompts are compared on them, prompt by prompt: probes, the share that goes through "
+    "states, and half-lives (logarithms, mean over layers).",
+    controls="Probes: shuffled labels (selectivity is the accuracy less that); the state of a model of the same "
+    "shape with random weights, which keeps recent words, too; the stream that enters the layer. Patches: its own "
+    "states put in again must change nothing; states, keys and values together must make all of the difference, and "
+    "in pure Mamba states alone must; the states of another pair are as foreign, but hold neither answer, which by "
+    "itself may be worth half of the difference; beside the best layer as many channels drawn at random from all "
+    "Mamba layers.",
     measure=measure,
     headline=(HITS, SELECTIVITY, "chance", MEDIAN, WHOLE, SHARE),
     by=BY,

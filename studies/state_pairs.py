@@ -11,15 +11,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
 from jambascope.hooks import run
 from jambascope.hooks.heads import repeated_random_tokens
-from jambascope.hooks.interventions import Intervention, Patch
+from jambascope.hooks.interventions import Intervention, Patch, PinState
 from jambascope.hooks.sweep import Node, logit_difference, patch_sweep
 from jambascope.hooks.sweep.nodes import interventions, targets
 from jambascope.model import HookedJamba
+from jambascope.studies.ablations import random_channels
 from jambascope.studies.state_probes import with_labels
 from jambascope.zoo.language import ids_of
 from jambascope.zoo.reviews import Episode, review
@@ -30,6 +32,7 @@ LEAST_DIFFERENCE = 0.5
 PERSISTENT, TRANSIENT, KEYS = "states", "states, one read-out", "keys and values"
 BOTH, OTHER, NONE = "states, keys and values", "states of another pair", "its own states"
 QUERY_READ = "states, read-out of the query"
+BEST, CHANNELS = "states of the best layer", "states of as many random channels"
 
 
 def windowed(read_outs: int) -> str:
@@ -160,11 +163,7 @@ def _patched(model: HookedJamba, pairs: Pairs, windows: Sequence[int]) -> dict[s
     edits |= {name: put(Node("ssm_state", conv=True), of.cache) for name, of in ((NONE, base), (OTHER, others))}
     logits = {name: run(model, tokens[1], edit).logits for name, edit in edits.items()}
     logits |= {"clean": clean.logits, "corrupted": base.logits}
-    rows = torch.arange(len(tokens[0]))
-    return {
-        name: (value[rows, query, list(pairs.correct)] - value[rows, query, list(pairs.wrong)]).double().cpu()
-        for name, value in logits.items()
-    }
+    return {name: _difference(value, pairs) for name, value in logits.items()}
 
 
 def together_rows(model: HookedJamba, pairs: Pairs, windows: Sequence[int], batch: int) -> list[dict]:
@@ -184,9 +183,15 @@ def together_rows(model: HookedJamba, pairs: Pairs, windows: Sequence[int], batc
 # -- layer by layer --------------------------------------------------------------------------------------------
 
 
-def layer_rows(model: HookedJamba, pairs: Pairs, windows: Sequence[int]) -> list[dict]:
+def layer_rows(
+    model: HookedJamba, pairs: Pairs, windows: Sequence[int], draws: int = 0, batch: int = 8, seed: int = 0
+) -> list[dict]:
     """The share of the difference that one layer's memory makes, put in at the border or, for one read-out, at the
-    query."""
+    query.
+
+    Args:
+        draws: random sets of channels that the layer that carries most is compared to; none without.
+    """
     query = pairs.clean.shape[1] - 1
     nodes = {Node("ssm_state", conv=True): PERSISTENT, Node("ssm_read"): TRANSIENT}
     nodes |= {Node("ssm_state", conv=True, window=w): windowed(w) for w in windows}
@@ -195,11 +200,75 @@ def layer_rows(model: HookedJamba, pairs: Pairs, windows: Sequence[int]) -> list
         model, pairs.clean, pairs.corrupted, metric, list(nodes), positions=[pairs.border, query], progress=False
     )
     names = {node.name: patch for node, patch in nodes.items()}
-    table = found.table(least_difference=LEAST_DIFFERENCE).dropna(subset="effect")
+    table = found.table(least_difference=LEAST_DIFFERENCE)
     rows = []
-    for row in table.itertuples():
+    if draws and len(model.config.ssm_layers) > 1:
+        own = table[(table.node == next(iter(nodes)).name) & (table.position == pairs.border)]
+        changes = own.assign(change=own.value - own.corrupted).pivot(index="pair", columns="layer", values="change")
+        whole = own.drop_duplicates("pair").set_index("pair").sort_index()
+        rows += _best_layer_rows(model, pairs, changes, (whole.clean - whole.corrupted).to_numpy(), draws, batch, seed)
+    for row in table.dropna(subset="effect").itertuples():
         patch = names[row.node] if row.position == pairs.border else QUERY_READ
         if row.position == pairs.border or names[row.node] == TRANSIENT:
             where = {"what": patch, "layer": int(row.layer), "sample": int(row.pair)}
             rows.append({"measure": "layer: share", **where, "value": float(row.effect)})
     return rows
+
+
+def _best_layer_rows(
+    model: HookedJamba,
+    pairs: Pairs,
+    changes: pd.DataFrame,
+    whole: Float[np.ndarray, " pair"],
+    draws: int,
+    batch: int,
+    seed: int,
+) -> list[dict]:
+    """The layer whose states carry most on the first half of the pairs, measured on the second; and there as many
+    channels drawn at random from all Mamba layers, draws averaged.
+
+    Args:
+        changes: of the logit difference by each layer's states, a line for each pair.
+        whole: what there is to be carried.
+    """
+    half = len(whole) // 2
+    best = int((changes.iloc[:half].mul(whole[:half], axis=0)).mean().idxmax())
+    random = random_channel_changes(model, pairs.part(slice(half, None)), draws, batch, seed).mean(0)
+    found = {BEST: (changes[best].to_numpy()[half:], {"layer": best}), CHANNELS: (random.numpy(), {})}
+    rows = []
+    for what, (moved, where) in found.items():
+        for i, (change, of) in enumerate(zip(moved.tolist(), whole[half:].tolist(), strict=True)):
+            same = {"what": what, **where, "sample": half + i}
+            rows.append({"measure": "change, logits", **same, "value": change})
+            if abs(of) >= LEAST_DIFFERENCE:
+                rows.append({"measure": "share", **same, "value": change / of})
+    return rows
+
+
+@torch.no_grad()
+def random_channel_changes(
+    model: HookedJamba, pairs: Pairs, draws: int, batch: int, seed: int
+) -> Float[torch.Tensor, "draw pair"]:
+    """Changes of the corrupted runs' logit difference by the clean memory of as many channels as one layer has, of any
+    Mamba layers."""
+    config = model.config
+    sets = random_channels(config, config.d_inner, draws, seed)
+    points = ("hook_ssm_state", "hook_conv_state") if config.d_conv > 1 else ("hook_ssm_state",)
+    names = [f"blocks.{layer}.mixer.{point}" for layer in config.ssm_layers for point in points]
+    found = []
+    for start in range(0, len(pairs.clean), batch):
+        part = pairs.part(slice(start, start + batch))
+        cache = run(model, part.clean.to(model.device), capture=names).cache
+        tokens, where = part.corrupted.to(model.device), {"positions": (pairs.border,), "with_conv": len(points) > 1}
+        base = _difference(run(model, tokens).logits, part)
+        edits = [
+            [PinState.from_cache(model, cache, layer, channels=own, **where) for layer, own in one] for one in sets
+        ]
+        found.append(torch.stack([_difference(run(model, tokens, edit).logits, part) - base for edit in edits]))
+    return torch.cat(found, 1)
+
+
+def _difference(logits: Float[torch.Tensor, "pair pos vocab"], pairs: Pairs) -> Float[torch.Tensor, " pair"]:
+    rows = torch.arange(len(logits))
+    at_end = logits[:, -1]
+    return (at_end[rows, list(pairs.correct)] - at_end[rows, list(pairs.wrong)]).double().cpu()

@@ -120,12 +120,15 @@ def stress_recipe(inner_norms: bool, learning_rate: float, steps: int, seed: int
 
 
 def stress_rows(rates: Sequence[float], steps: int, trainings: int, seed: int) -> list[dict[str, Any]]:
-    """Small models with inner norms and without, in pairs of equal batches, at each rate; a pair is a sample."""
+    """Small models with inner norms and without, in pairs of equal seeds and batches, at each rate; a pair is a sample.
+
+    Pairs of all rates have seeds of their own, so that they count as independent.
+    """
     rows = []
-    for rate in rates:
+    for r, rate in enumerate(rates):
         for i in range(trainings):
             for inner_norms in (True, False):
-                found = stressed(stress_recipe(inner_norms, rate, steps, 1000 * seed + i))
+                found = stressed(stress_recipe(inner_norms, rate, steps, 1000 * seed + r * trainings + i))
                 condition = f"{'with' if inner_norms else 'without'} inner norms, rate {rate:g}"
                 rows += [
                     {
@@ -184,11 +187,11 @@ def largest_inside(model: HookedJamba, tokens: torch.Tensor) -> float:
     return max(found)
 
 
-def summary_of_pairs(rows: pd.DataFrame, measure: str, rate: float) -> pd.Series:
-    """Of each pair of trainings at a rate, without inner norms less with them."""
+def pairs_of(rows: pd.DataFrame, measure: str, rate: float) -> pd.DataFrame:
+    """A line for each pair of trainings at a rate in which both have the number: columns ``without`` and ``with``."""
     own = rows[rows.measure == measure]
-    parts = [
-        own[own.condition == f"{word} inner norms, rate {rate:g}"].set_index("sample")["value"]
+    parts = {
+        word: own[own.condition == f"{word} inner norms, rate {rate:g}"].set_index(["seed", "sample"])["value"]
         for word in ("without", "with")
-    ]
-    return (parts[0] - parts[1]).dropna()
+    }
+    return pd.DataFrame(parts).dropna()

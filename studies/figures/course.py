@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
-from jambascope.studies.figures.theme import frame
+from jambascope.studies.figures.theme import GUIDE, frame
 from jambascope.studies.figures.zoo import BAND, GRID, Point, looks
 
 
 def courses(
-    title: str, subtitle: str, panels: Sequence[tuple[str, Sequence[Point]]], unit: str, unit_range: bool = False
+    title: str,
+    subtitle: str,
+    panels: Sequence[tuple[str, Sequence[Point]]],
+    unit: str,
+    unit_range: bool = False,
+    guides: Mapping[str, float] = {},
 ) -> go.Figure:
     """A panel beside the other, a line with its interval for each model.
 
@@ -22,6 +27,7 @@ def courses(
         panels: names and points, of which ``x`` is the training step; 0 stands left of the first step.
         unit: of all y axes.
         unit_range: whether y runs from 0 to 1 in all panels, which then share it.
+        guides: name of a panel -> a level drawn across it, such as chance.
     """
     models = list(dict.fromkeys(p.model for _, points in panels for p in points))
     steps = sorted({p.x for _, points in panels for p in points})
@@ -30,11 +36,13 @@ def courses(
     fig = make_subplots(
         1, len(panels), subplot_titles=[name for name, _ in panels], shared_yaxes=unit_range, horizontal_spacing=gap
     )
-    for column, (_, points) in enumerate(panels, 1):
+    for column, (name, points) in enumerate(panels, 1):
         for model, (color, dash) in looks(models).items():
             own = sorted((p for p in points if p.model == model), key=lambda p: p.x)
             for trace in _traces(own, model, color, dash, least / 2, column == 1):
                 fig.add_trace(trace, 1, column)
+        if name in guides:
+            fig.add_hline(guides[name], line={"color": GUIDE, "width": 1, "dash": "dot"}, row=1, col=column)
     ticks = log_ticks(least, steps[-1])
     texts = [f"{tick:g}" for tick in ticks]
     if steps[0] == 0:

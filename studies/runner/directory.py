@@ -1,6 +1,7 @@
 """A run's directory: written whole or not at all, gone on with after any end, used by one process at a time.
 
-    spec.json             what was asked: study, version, spec, models and what their weights are, command
+    spec.json             what was asked: study, version, spec, command, models and what their weights are, and what was
+                          in the files that the answer depends on (sha256): texts, and the study where it is yours
     cells/                while it runs: a file of rows for each finished cell, and one of tensors where there are any
     results.parquet       when done: all rows; their order is that of the cells
     tensors.safetensors   all tensors, as CELL/NAME
@@ -20,7 +21,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from numbers import Real
@@ -45,12 +46,25 @@ KEY = b"jambascope"
 NEEDED = {"format", "study", "source", "version", "spec", "models", "package", "command"}
 
 
-def address(study: str, version: int, spec: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
-    """Name of the directory of a question: the same for the same study, version, spec and weights, wherever these
-    lie."""
+def address(
+    study: str,
+    version: int,
+    spec: dict[str, Any],
+    models: Sequence[dict[str, Any]],
+    contents: Mapping[str, str] = {},
+) -> str:
+    """Name of the directory of a question: the same for the same study, version, spec, weights and files' contents,
+    wherever weights and the study's own file lie.
+
+    Args:
+        contents: path -> sha256, as ``runner.contents`` gives them.
+    """
     asked = {key: value for key, value in spec.items() if key != "models"}
     weights = [[model["recipe"], model["identity"]] for model in models]
-    text = json.dumps([study, version, asked, weights], sort_keys=True)
+    parts: list[Any] = [study, version, asked, weights]
+    if contents:
+        parts.append(list(contents.values()))
+    text = json.dumps(parts, sort_keys=True)
     return f"{study}-{sha256(text.encode()).hexdigest()[:10]}"
 
 

@@ -19,9 +19,10 @@ from jambascope.files import write_json, write_text
 from jambascope.studies.bench.peers import versions
 from jambascope.studies.environment import machine
 from jambascope.studies.runner import cluster, report
+from jambascope.studies.runner.contents import check_contents, contents_of
 from jambascope.studies.runner.directory import ENVIRONMENT, REPORT, RunDirectory, address, said, table_of
 from jambascope.studies.runner.models import ModelOfRun, check_unchanged, find_models, open_model
-from jambascope.studies.runner.spec import Spec, changed, make_spec
+from jambascope.studies.runner.spec import Spec, changed, files_of, make_spec
 from jambascope.studies.runner.study import Cell, Found, Study, load
 
 Told = Callable[[int, str], None]
@@ -72,6 +73,8 @@ def run(
     study = load(source)
     models = find_models(spec.models)
     _check(study, spec, models)
+    own = (_absolute(source),) if source.endswith(".py") else ()
+    contents = contents_of((*own, *files_of(spec)))
     asked = spec.model_dump(mode="json")
     stored = [model.as_dict() for model in models]
     record = {
@@ -82,8 +85,9 @@ def run(
         "command": command(source, spec),
         "spec": asked,
         "models": stored,
+        "contents": contents,
     }
-    path = runs / address(study.name, study.version, asked, stored)
+    path = runs / address(study.name, study.version, asked, stored, contents)
     directory = RunDirectory.create(path, record)
     return _go_on(directory, *_opened(directory), workers, tell)
 
@@ -193,6 +197,7 @@ def _measure_missing(
     tell: Callable[[int], Told] | None,
 ) -> int:
     """Measure and keep the cells that are not kept yet; how many they were."""
+    check_contents(directory.record)
     cells, whose = study.cells(spec), {model.model: model for model in models}
     left = [i for i, done in enumerate(directory.finished(cells)) if not done]
     for i in set(range(len(cells))) - set(left):

@@ -5,11 +5,19 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jambascope.errors import ConfigError
+
+
+class _Files:
+    """Marks a field."""
+
+
+Files = Annotated[tuple[str, ...], _Files()]
+"""A field of paths: of which the study reads what is in them, so that a run is of the contents too."""
 
 
 class Spec(BaseModel):
@@ -83,6 +91,13 @@ def _untexted(kind: type[Spec], name: str, value: Any) -> Any:
     if isinstance(value, str) and typing.get_origin(kind.model_fields[name].annotation) is tuple:
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def files_of(spec: Spec) -> tuple[str, ...]:
+    """The paths that fields of type ``Files`` name, each once."""
+    fields = type(spec).model_fields.items()
+    named = [name for name, field in fields if any(isinstance(mark, _Files) for mark in field.metadata)]
+    return tuple(dict.fromkeys(path for name in named for path in getattr(spec, name)))
 
 
 def as_text(value: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from jambascope.errors import ConfigError
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Files, Spec
 from jambascope.studies.runner.study import Found, Study
 from jambascope.studies.runner.summary import number, one, summarize
 
@@ -23,6 +23,7 @@ class NormSpec(Spec):
     sequences: int = Field(3, ge=2, description="Of a seed.")
     layer: int = Field(0, ge=0, description="After which to look.")
     scale: float = Field(1.0, description="Of all values.")
+    text: Files = Field((), description="Files that are not read.")
     log: str = Field("", description="A file that gets a line for every cell that is measured.")
     fault: str = Field("", description="kill, interrupt, raise or nan: in the cell of seed 1, once.")
 

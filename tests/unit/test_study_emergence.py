@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from jambascope import HookedJamba
+from jambascope import HookedJamba, JambaConfig
+from jambascope.cli import zoo_app
 from jambascope.errors import CheckpointError, ConfigError
+from jambascope.hooks.heads import repeated_random_tokens, score_heads
 from jambascope.model import initialize
 from jambascope.studies import emergence
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.spec import make_spec
 from jambascope.studies.snapshots import half_way, snapshots
+from jambascope.training import TrainingSpec
+from jambascope.zoo import progress, recipes, train
+from jambascope.zoo.recipes import Recipe, Stage
+from jambascope.zoo.words import EOS, VOCABULARY
 
 STEPS = (0, 100, 200, 400, 800)
 SMALL = {"sequences": 8, "length": 6, "rows": 4, "context": 48, "documents": 3}
@@ -96,11 +105,18 @@ def test_what_emerges_between_two_snapshots_is_found_there(trained, tmp_path):
     at_end = rows[rows.step == 800].groupby("measure")["value"].mean()
     assert at_end[emergence.REPEATED] > at_end[emergence.OTHER_ORDER] + 0.3
     assert at_end[emergence.INDUCTION] > at_end[emergence.IN_RANDOM_ORDER] + 0.3
+    chance = rows[rows.measure.str.startswith("chance: ")].set_index("measure")["value"]
+    assert chance.to_dict() == {"chance: recall accuracy": 1 / 8, "chance: label mass": 2 / len(VOCABULARY)}
     (_, table), *_ = study.tables(spec, rows)
     assert len(table) == 6
     assert [len(f.data) > 0 for f in study.figures(spec, rows)][:3] == [True] * 3
     text = study.reading(spec, rows)
     assert "planted (5 checkpoints, steps 0 to 800)" in text and "nan" not in text
+    assert re.search(r"Gain of the followed head less that of another .*prefix matching \+0\.\d\d", text)
+    assert re.search(r"recall accuracy [^;]* \(above chance, 0\.125\)", text)
+    told = next(f for f in study.figures(spec, rows) if "What the context tells" in f.layout.title.text)
+    levels = sorted(shape.y0 for shape in told.layout.shapes)
+    assert levels == pytest.approx([2 / len(VOCABULARY), 1 / 8])
 
 
 def test_the_reading_says_what_came_when_and_what_did_not():
@@ -124,6 +140,54 @@ def test_the_reading_says_what_came_when_and_what_did_not():
     assert "nothing that is measured here changes clearly" in flat
 
 
+def test_followed_heads_are_the_first_and_the_last_of_the_finding_half(micro, trained):
+    cell = {"model": str(trained), "seed": 0}
+    rows = pd.DataFrame(emergence.measure(spec_of(rows=2, documents=2), cell, micro).rows)
+    tokens = repeated_random_tokens(micro, 8, 6, seed=0)
+    finding, held_out = (score_heads(micro, part)["induction"] for part in (tokens[:4], tokens[4:]))
+    ranked = finding.top(4)
+    for name, row in ((emergence.INDUCTION, ranked[0]), (emergence.OTHER_HEAD[emergence.INDUCTION], ranked[-1])):
+        where = rows[rows.measure == f"head of {name}"][["layer", "head"]].to_numpy().tolist()
+        assert where == [[row["layer"], row["head"]]]
+        values = rows[(rows.measure == name) & (rows.step == 800)]["value"]
+        assert values.to_list() == pytest.approx(held_out.samples[:, 0, row["head"]].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mixers, expected",
+    [
+        (("mamba", "attention", "mamba"), {(1, 0)}),
+        (("attention", "attention", "mamba"), {(1, 1), (1, 2), (1, 0)}),
+    ],
+    ids=["the last of one layer", "any other of the layer"],
+)
+def test_the_other_head_is_of_the_layer_or_the_last(mixers, expected):
+    """Heads of layer 0 stand best; of one attention layer the one of lowest score is compared to."""
+    config = JambaConfig(
+        d_model=16, d_vocab=29, mixers=mixers, feed_forwards=("none",) * 3, n_heads=4, n_key_value_heads=2, d_head=4,
+        d_inner=32, d_state=4, dt_rank=2,
+    )  # fmt: skip
+    others = [(layer, head) for layer in config.attention_layers for head in (2, 1, 0)]
+    drawn = {emergence._other_head(config, (1, 3), others, seed) for seed in range(40)}
+    assert drawn == expected
+
+
+def test_the_reading_tells_heads_from_others_only_where_they_gain_more():
+    values = {emergence.INDUCTION: (0, 0, 0, 1, 1), emergence.OTHER_HEAD[emergence.INDUCTION]: (0, 0, 0, 1, 1)}
+    rows = pd.DataFrame(
+        [
+            {"model": "m", "recipe": "m", "seed": 0, "measure": m, "step": step, "sample": i}
+            | {"value": v + (0.01 if m == emergence.INDUCTION else -0.01) * (-1) ** i}
+            for m, of in values.items()
+            for step, v in zip(STEPS, of, strict=True)
+            for i in range(12)
+        ]
+    )
+    assert "prefix matching +0.00 (not told apart, p = 1)" in emergence.reading(spec_of(), rows)
+    less = rows.assign(value=rows["value"].where(rows.measure == emergence.INDUCTION, 0.1))
+    assert re.search(r"prefix matching \+1\.00 \(p = 0\.000\d+\)", emergence.reading(spec_of(), less))
+
+
 def test_finished_weights_beyond_the_last_snapshot_count(trained):
     assert list(snapshots(trained)) == list(STEPS)
     record = trained / "training.json"
@@ -138,11 +202,31 @@ def test_finished_weights_beyond_the_last_snapshot_count(trained):
 # -- refusals ------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_snapshots_is_refused(tmp_path):
-    with pytest.raises(
-        ConfigError, match="emergence of jamba-micro: it has 0 snapshots/step-.*zoo train NAME --snapsh"
-    ):
+SHRUNKEN = Recipe(
+    about="shrunken",
+    config=JambaConfig.jamba(
+        n_layers=2, attn_layer_period=2, attn_layer_offset=1, d_model=16, d_vocab=len(VOCABULARY), n_heads=2, d_head=8,
+        d_mlp=8, num_experts=4, d_state=4, bos_token_id=1, eos_token_ids=(EOS,), pad_token_id=0,
+    ),
+    spec=TrainingSpec(steps=3, learning_rate=1e-2, warmup_steps=1, evaluate_every=2, checkpoint_every=2),
+    stages=(Stage(until=2, batch_size=2, sequence_length=8), Stage(until=None, batch_size=3, sequence_length=16)),
+)  # fmt: skip
+
+
+def test_a_model_without_snapshots_is_told_what_gives_them_and_that_does(tmp_path, monkeypatch):
+    """What the error says is done, with a training shrunken to nothing, and then the study runs."""
+    with pytest.raises(ConfigError, match="emergence of jamba-micro: it has 0 snapshots/step-") as raised:
         running.run("emergence", spec_of(), tmp_path)
+    command, model = re.search(r"keep them: jambascope zoo (.*), then --model (\S+)$", str(raised.value)).groups()
+    assert (command, model) == ("train jamba-micro --snapshots", "runs/zoo/jamba-micro/seed-0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(recipes.RECIPES, "jamba-micro", SHRUNKEN)
+    monkeypatch.setattr(train, "SNAPSHOTS", (0, 1))
+    monkeypatch.setattr(progress, "summary", lambda of: {})
+    result = CliRunner().invoke(zoo_app, shlex.split(command))
+    assert result.exit_code == 0, result.output
+    _, study, spec, rows = running.read(running.run("emergence", spec_of(models=model), tmp_path / "runs").path)
+    assert "jamba-micro (3 checkpoints, steps 0 to 3)" in study.reading(spec, rows)
 
 
 def test_snapshots_of_another_model_are_refused(small_model, model_of_kind, tmp_path):

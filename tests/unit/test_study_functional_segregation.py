@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from jambascope import HookedJamba
-from jambascope.errors import ConfigError
+from jambascope.errors import ConfigError, InputError
 from jambascope.studies import functional_segregation as segregation
+from jambascope.studies import segregation_prompts as asking
 from jambascope.studies.figures.parts import Bar, grouped, layer_map
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.spec import make_spec
@@ -66,21 +68,91 @@ def test_the_layer_map_shows_the_attention_layer(finished):
     assert {trace.name for trace in bars.data} == {"these", "random ones, as many"}
 
 
+def test_the_layer_that_is_missed_most_is_chosen_on_the_finding_half(finished):
+    """Of two planted layers the finding half shows one, and what is told is its number of the other half."""
+    _, study, spec, rows = running.read(finished.path)
+    finding = rows.measure == "finding half, layer: change of accuracy"
+    confirming = rows.measure == "layer: change of accuracy"
+    assert set(rows[finding]["sample"]) == set(range(12)) and set(rows[confirming]["sample"]) == set(range(12, 24))
+    planted = rows.assign(value=rows["value"].mask(finding | confirming, 0.0))
+    planted.loc[finding & (rows.layer == 2), "value"] = -0.9
+    planted.loc[confirming & (rows.layer == 2), "value"] = -0.25
+    planted.loc[confirming & (rows.layer == 5), "value"] = -0.9
+    text = study.reading(spec, planted)
+    assert re.search(r"measured on the other: repeat layer 2 \(mamba, -0\.25.*; text layer 2 \(mamba, -0\.25", text)
+
+
 def test_text_counts_only_words_that_nothing_determines():
-    task, stories = segregation.documents_of("text", 3, seed=0)
-    for doc, drawn in zip(stories, draw(task, 3, 0), strict=True):
+    stories = asking.documents_of("text", 3, seed=0)
+    for doc, drawn in zip(stories.drawn, draw(stories.task, 3, 0), strict=True):
         assert doc.words == drawn.words and not set(doc.answers) & set(drawn.answers)
         assert len(doc.answers) + len(drawn.answers) == len(doc.words)
 
 
-@pytest.mark.parametrize("name", segregation.DOMAINS)
+@pytest.mark.parametrize("name", asking.DOMAINS)
 def test_no_part_taken_away_changes_nothing(name):
     model = HookedJamba.from_pretrained("jamba-micro")
-    task, documents = segregation.documents_of(name, 2, seed=0)
-    whole = segregation._measured(model, task, documents, {}, ())
+    prompts = asking.prompts_of(model, name, 2, (), 64, seed=0)
+    whole = segregation._measured(model, prompts, {}, ())
     assert set(whole) == {"loss", "accuracy"} and all(len(values) == 2 for values in whole.values())
-    changes = segregation._changes(segregation._measured(model, task, documents, {}, ()), whole)
+    changes = segregation._changes(segregation._measured(model, prompts, {}, ()), whole)
     assert all(np.all(values == 0) for values in changes.values())
+
+
+# -- any model -----------------------------------------------------------------------------------------------
+
+
+def test_of_tokens_the_last_so_many_count(model_of_kind):
+    model = model_of_kind("hybrid")
+    prompts = asking.prompts_of(model, "repeat", 5, (), 15, seed=3)
+    assert prompts.ids.shape == (5, 14) and torch.equal(prompts.ids[:, :7], prompts.ids[:, 7:])
+    found = prompts.part(slice(1, 4)).measured(model)
+    with torch.no_grad():
+        said = model(prompts.ids[1:4])[:, 7:-1].log_softmax(-1)  # what predicts tokens 8 to 13
+    right = prompts.ids[1:4, 8:]
+    losses = -said.gather(-1, right[..., None])[..., 0].mean(1)
+    np.testing.assert_allclose(found["loss"], losses.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found["accuracy"], (said.argmax(-1) == right).double().mean(1).numpy())
+
+
+def test_text_files_are_read_where_they_are_given(tmp_path):
+    model = HookedJamba.from_pretrained("jamba-micro")
+    path = tmp_path / "a.txt"
+    path.write_text("the whale gave the lamp to Bob . " * 40)
+    prompts = asking.prompts_of(model, "text", 5, (str(path),), 11, seed=0)
+    assert prompts.ids.shape == (5, 11) and prompts.counted == 10
+    assert (prompts.ids[:, 0] == model.config.bos_token_id).all()
+    assert asking.prompts_of(model, "repeat", 2, (str(path),), 11, seed=0).task.domain == "repeat"
+
+
+def test_a_model_of_another_language_is_asked_to_repeat(model_of_kind, tmp_path):
+    model_of_kind("hybrid").float().save_pretrained(tmp_path / "other")
+    settings = {"models": str(tmp_path / "other"), "documents": 8, "k": "1", "draws": 2, "length": 24}
+    spec = make_spec("functional_segregation", segregation.SegregationSpec, settings | {"tasks": "repeat"})
+    run = running.run("functional_segregation", spec, tmp_path / "runs")
+    _, study, spec, rows = running.read(run.path)
+    summary = summarize(rows, study.headline, study.by)
+    assert one(summary, measure="change of loss", without="all attention layers").n == 4
+    text = study.reading(spec, rows)
+    assert "with all its parts is right in: repeat" in text and "nan" not in text
+
+
+@pytest.mark.parametrize(
+    "values, error, message",
+    [
+        ({}, ConfigError, "tasks=recall,phones,copy: these are documents of .* set tasks=repeat"),
+        ({"tasks": "repeat,text"}, InputError, "it has no tokenizer, and this study reads text"),
+        ({"tasks": "repeat", "length": "64"}, ConfigError, "length=64 and <bos> exceed its context of 64"),
+        ({"tasks": "repeat", "length": "52"}, ConfigError, "length=52: half as many .* be drawn from its 25"),
+    ],
+)
+def test_what_another_language_lacks_is_refused(model_of_kind, tmp_path, values, error, message):
+    model_of_kind("attention").float().save_pretrained(tmp_path / "other")
+    spec = make_spec(
+        "functional_segregation", load("functional_segregation").spec, {"models": str(tmp_path / "other")} | values
+    )
+    with pytest.raises(error, match=message):
+        running.run("functional_segregation", spec, tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -90,13 +162,6 @@ def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
     spec = make_spec("functional_segregation", segregation.SegregationSpec, setting)
     with pytest.raises(ConfigError, match=message):
         running.run("functional_segregation", spec, tmp_path)
-
-
-def test_a_model_of_another_language_is_refused(model_of_kind, tmp_path):
-    model_of_kind("attention").float().save_pretrained(tmp_path / "other")
-    spec = make_spec("functional_segregation", load("functional_segregation").spec, {"models": str(tmp_path / "other")})
-    with pytest.raises(ConfigError, match="language of the packaged models"):
-        running.run("functional_segregation", spec, tmp_path / "runs")
 
 
 # -- figures -------------------------------------------------------------------------------------------------

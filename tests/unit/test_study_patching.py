@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jambascope import HookedJamba
 from jambascope.errors import ConfigError, InputError
+from jambascope.hooks import run
+from jambascope.hooks.sweep import interventions, logit_difference, patch_sweep, targets
 from jambascope.studies import activation_patching as patching
 from jambascope.studies import patching_report as report
 from jambascope.studies.prompt_pairs import given_pairs, review_pairs
@@ -116,6 +118,67 @@ def test_one_pair_has_maps_and_nothing_confirmed(built):
     assert len(figures) == 2 and "denoise" in figures[0].layout.title.text
 
 
+@pytest.mark.parametrize(
+    "component, units, kind",
+    [("q", 4, "hybrid"), ("k", 2, "hybrid"), ("pattern", 4, "attention"), ("dt", 1, "hybrid"), ("B", 1, "mamba2"),
+     ("ssm_read", 1, "hybrid"), ("expert_out", 3, "hybrid"), ("router_logits", 1, "one-slot"),
+     ("hook_conv", 1, "hybrid")],
+)  # fmt: skip
+def test_any_component_is_patched_as_the_loop_does(model_of_kind, component, units, kind):
+    """Each cell of a pair is a run of its own with that cell's interventions."""
+    model, few = model_of_kind(kind), torch.randint(3, 29, (2, 1, 5), generator=torch.Generator().manual_seed(0))
+    clean, corrupted = (" ".join(map(str, tokens[0].tolist())) for tokens in few)
+    spec = spec_of(clean=clean, corrupted=corrupted, answer="5", wrong="7", least_difference=1e-9, k=1, draws=2,
+                   components=component, directions="denoise")  # fmt: skip
+    rows = rows_of(spec, model)
+    cells = rows[rows.measure == report.CELL].set_index(["layer", "unit", "group"])["value"]
+    names = [n for n, row in model.hook_rows.items() if n.startswith("blocks.")]
+    caches = [model.run_with_cache(tokens, names_filter=names)[1] for tokens in few]
+
+    def difference(logits):
+        return (logits[0, -1, 5] - logits[0, -1, 7]).item()
+
+    high, low = (difference(model(tokens)) for tokens in few)
+    found = targets(model, component)
+    assert {t.units for t in found} == {units} and len(cells) == 5 * units * len(found)
+    for target, unit, at in ((found[0], 0, 3), (found[-1], units - 1, 4)):
+        patched = run(model, few[1], interventions(model, target, (at,), unit, *caches)).logits
+        effect = (difference(patched) - low) / (high - low)
+        (value,) = (
+            v for (i, u, group), v in cells.items() if (i, u, group.split()[0]) == (target.layer, unit, str(at))
+        )
+        assert value == pytest.approx(effect, abs=1e-6)
+
+
+def test_single_positions_are_a_map_of_layers_by_positions(micro):
+    spec = spec_of(pairs=4, shots=2, filler=0, k=1, draws=2, components="resid_pre,k", directions="denoise",
+                   positions="single", swap="labels")  # fmt: skip
+    rows = rows_of(spec, micro)
+    pairs = review_pairs(micro, 4, 2, 0, "labels", seed=0)
+    length = pairs.clean.shape[1]
+    names = list(pairs.by_position().groups)
+    assert [name.split(" ", 1)[0] for name in names] == list(map(str, range(length)))
+    assert [names[p] for p in pairs.groups["examples: label"]] == ["10 examples: label", "20 examples: label"]
+    cells = rows[rows.measure == report.CELL]
+    stream = cells[cells.component == "resid_pre"].groupby(["layer", "group"])["value"].mean().unstack()[names]
+    assert stream.shape == (8, length) and (stream.iloc[:, :10] == 0).all(axis=None)
+    sweep = patch_sweep(
+        micro, pairs.clean, pairs.corrupted, logit_difference(list(pairs.answers), list(pairs.wrong)), progress=False
+    )
+    expected = sweep.effects(spec.least_difference)["resid_pre"].mean("pair").values[0]
+    assert stream.to_numpy() == pytest.approx(expected, abs=1e-5)
+    figure, *_ = report.figures(spec, rows)
+    assert figure.data[0].z.shape == (8, length) and figure.data[1].z.shape == (2, length)
+    assert "layer 4, KV head 1" in figure.layout.yaxis2.ticktext
+
+
+def test_what_a_model_lacks_is_left_out_of_the_default_and_said(model_of_kind):
+    model = model_of_kind("no-attention")
+    spec = spec_of(clean="1 4 5 6", corrupted="1 4 7 6", answer="5", wrong="7", least_difference=1e-9, k=1, draws=2)
+    text = report.reading(spec, rows_of(spec, model))
+    assert text.endswith("It has no attn_out, mlp_out, z.")
+
+
 def test_pairs_that_the_model_does_not_tell_apart_are_said_to_be_so(micro):
     spec = spec_of(pairs=4, shots=2, filler=0, least_difference=1e6, components="resid_pre")
     rows = rows_of(spec, micro)
@@ -125,8 +188,8 @@ def test_pairs_that_the_model_does_not_tell_apart_are_said_to_be_so(micro):
 
 def test_a_run_on_jamba_micro(tmp_path):
     spec = spec_of(pairs=8, shots=2, k=1, draws=3, filler=0, swap="labels", directions="denoise")
-    run = running.run("activation_patching", spec, tmp_path)
-    _, study, spec, rows = running.read(run.path)
+    done = running.run("activation_patching", spec, tmp_path)
+    _, study, spec, rows = running.read(done.path)
     summary = summarize(rows, study.headline, study.by)
     attention = one(summary, direction="denoise", component="attn_out", cells="found")
     assert (
@@ -137,7 +200,7 @@ def test_a_run_on_jamba_micro(tmp_path):
     assert set(rows.group.dropna()) >= {"examples: label", "examples: separator", "last: sentiment word", "query"}
     text = study.reading(spec, rows)
     assert "are confirmed on held-out pairs" in text and "n = 8 pairs" in text
-    page = (run.path / "report.html").read_text()
+    page = (done.path / "report.html").read_text()
     assert page.count("plotly-graph-div") >= 2 and "Found cells, on held-out pairs" in page
 
 
@@ -207,9 +270,18 @@ def test_pairs_of_a_user_are_checked(built, values, message):
 def test_settings_and_models_are_checked_before_the_work(model_of_kind, tmp_path):
     with pytest.raises(ConfigError, match="only clean given; prompts of yours need"):
         spec_of(clean="a b")
+    with pytest.raises(ConfigError, match="components=z,z: give at least one, each once"):
+        spec_of(components="z,z")
     model_of_kind("no-attention").float().save_pretrained(tmp_path / "m")
     for values, error, message in (
         ({"components": "z"}, ConfigError, "it has none of components=z"),
+        (
+            {"components": "resid_pre,expert_out"},
+            ConfigError,
+            "components=expert_out: .* no layer of this model has it",
+        ),
+        ({"components": "resid_pr"}, ConfigError, "components=resid_pr: .* the nearest are resid_pre"),
+        ({"components": "embed"}, ConfigError, "components=embed: embed belongs to no layer"),
         ({}, InputError, "it has no tokenizer"),
     ):
         with pytest.raises(error, match=f"activation_patching of .*: {message}"):

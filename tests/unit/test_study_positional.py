@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +15,7 @@ from jambascope.studies.runner import run as running
 from jambascope.studies.runner.directory import table_of
 from jambascope.studies.runner.spec import make_spec
 from jambascope.studies.runner.summary import one, summarize
+from jambascope.zoo.documents import secret
 
 SMALL = {
     "prompts": 4,
@@ -88,11 +90,18 @@ def test_jamba_micro_repeats_and_recalls(asked):
     recalled = one(summary, measure=positional.RECALL, x=16)
     assert recalled["mean"] > 0.7 and recalled.low < recalled["mean"]  # of hits alone no certainty
     assert set(summary[summary.measure == positional.LOSS].x) == {8, 16, 24, 32, 64}
+    drawn = {secret(np.random.default_rng(i), distance=0).words[-1] for i in range(600)}
+    assert drawn <= set(positional.SECRETS) and len(drawn) > 0.9 * len(positional.SECRETS)
+    assert positional_reading.chance_of_recall(rows) == 1 / len(positional.SECRETS)
 
 
 def test_the_report_is_whole(asked):
     spec, rows = asked
     text = positional.reading(spec, rows)
+    never = rows.assign(value=rows["value"].mask(rows.measure == positional.RECALL, 0.0))
+    assert "Chance is 0.010, not clearly above it at 4, 16." in positional.reading(spec, never)
+    recall = next(f for f in positional.figures(spec, rows) if "Recall" in f.layout.title.text)
+    assert any(trace.name == "chance" and set(trace.y) == {1 / len(positional.SECRETS)} for trace in recall.data)
     for part in ("loss less that at positions 24-32, 4 prompts", "Accuracy of recalling one word", "One model alone"):
         assert part in text
     assert "nan" not in text
@@ -154,6 +163,7 @@ def test_the_reading_says_whether_it_reads_worse(beyond, said):
     "values, message",
     [
         ({"factors": "2,4"}, "factors=.* must begin with 1"),
+        ({"factors": "1"}, r"factors=\(1,\) do not go beyond the trained length; add 2"),
         ({"repeats": "8,4"}, "whole numbers from 1 on that rise"),
         ({"shifts": "0,4"}, "whole numbers from 1 on that rise"),
     ],

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,60 @@ def test_an_address_is_of_weights_not_of_places(models):
     assert here == directories.address("norms", 1, spec | {"models": ["there"]}, [weights | {"directory": "there"}])
     assert here != directories.address("norms", 2, spec, [weights])
     assert here != directories.address("norms", 1, spec, [weights | {"identity": "b" * 64}])
+    contents = [directories.address("norms", 1, spec, [weights], {path: "c" * 64}) for path in ("here.py", "there.py")]
+    assert here != contents[0] == contents[1] != directories.address("norms", 1, spec, [weights], {"here.py": "d" * 64})
+    assert here == directories.address("norms", 1, spec, [weights], {})
     assert here.startswith("norms-") and len(here) == len("norms-") + 10
+
+
+def test_an_edited_text_is_another_question(ask, tmp_path):
+    """By what is in it and not by its path; and a run that began with another is not gone on with."""
+    text = tmp_path / "words.txt"
+    text.write_text("one")
+    first = ask(text=str(text))
+    record = json.loads((first.path / "spec.json").read_text())
+    assert record["contents"] == {SOURCE: sha256(Path(SOURCE).read_bytes()).hexdigest(),
+                                  str(text): sha256(b"one").hexdigest()}  # fmt: skip
+    assert ask(text=str(text)).measured == 0
+    text.write_text("two")
+    with pytest.raises(KeyboardInterrupt):
+        ask(text=str(text), log=str(tmp_path / "log"), fault="interrupt")
+    (half,) = (path for path in (tmp_path / "runs").glob("norms-*") if not (path / "results.parquet").exists())
+    text.write_text("three")
+    with pytest.raises(RunError, match="words.txt holds something else than when this run began; put that back"):
+        running.resume(half)
+    text.write_text("two")
+    assert running.resume(half).measured == 2
+    text.unlink()
+    assert len(running.read(first.path)[3]) == 18 and running.resume(first.path).measured == 0
+    with pytest.raises(ConfigError, match="words.txt' cannot be read .No such file"):
+        ask(text=str(text))
+
+
+def test_an_edited_study_is_another_question(models, tmp_path):
+    """Without its version raised; what it answered before stays readable."""
+    own = tmp_path / "own_study.py"
+    own.write_text(Path(SOURCE).read_text())
+    spec = make_spec("norms", load(str(own)).spec, {"models": models[:1]})
+    first = running.run(str(own), spec, tmp_path / "runs")
+    own.write_text(own.read_text().replace("value.item()}", "1 + value.item()}"))
+    second = running.run(str(own), spec, tmp_path / "runs")
+    assert second.path != first.path and second.measured == 1
+    rows, others = (running.read(run.path)[3] for run in (first, second))
+    assert (others["value"] - rows["value"]).between(0.999, 1.001).all()
+    copied = tmp_path / "copied.py"
+    copied.write_text(own.read_text())
+    assert running.run(str(copied), spec, tmp_path / "runs").path == second.path
+
+
+def test_a_run_of_before_contents_were_kept_is_gone_on_with(ask, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        ask(log=str(tmp_path / "log"), fault="interrupt")
+    path = the_run(tmp_path)
+    record = json.loads((path / "spec.json").read_text())
+    del record["contents"]
+    (path / "spec.json").write_text(json.dumps(record))
+    assert running.resume(path).measured == 2 and running.rewrite_report(path).exists()
 
 
 # -- ends ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,8 @@ import torch
 from jambascope import HookedJamba
 from jambascope.errors import ConfigError, InputError
 from jambascope.files import write_table
-from jambascope.studies import stability, training_stress
+from jambascope.studies import stability, stability_reading, training_stress
+from jambascope.studies.comparisons import PROMPTS
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.directory import table_of
 from jambascope.studies.runner.spec import make_spec
@@ -82,7 +84,7 @@ def test_the_report_of_jamba_micro_is_whole(tmp_path):
     _, study, spec, rows = running.read(run.path)
     text = study.reading(spec, rows)
     assert "beyond the trained length" in text and "3 prompts" in text and "nan" not in text
-    assert "no training log lies beside the weights" in text and "do not diverge more often" in text
+    assert "no training log lies beside the weights" in text and "0 of 1 diverge without" in text
     assert {"32-64", "32-64, untrained"} <= set(rows.condition.dropna())
     assert len(study.figures(spec, rows)) == 2
     (_, table), *_ = study.tables(spec, rows)
@@ -168,19 +170,66 @@ def test_a_loss_that_is_no_number_counts_as_diverged(monkeypatch):
     assert training_stress.stressed(training_stress.stress_recipe(False, 0.1, 10, 0)) == {DIVERGED: 1.0}
 
 
-def test_the_reading_counts_what_diverged():
-    study = load("stability")
-    spec = spec_of(trainings=2)
-    values = {"with": (0.0, 5.0), "without": (1.0, 50.0)}
-    rows = pd.DataFrame(
+def stressed_rows(without: dict, with_: dict, pairs: int) -> pd.DataFrame:
+    """Of every rate as many pairs: measure -> value, to which a little is added that differs from pair to pair."""
+    return pd.DataFrame(
         [
-            {"measure": m, "condition": f"{word} inner norms, rate 0.003", "sample": i, "value": v}
+            {"measure": m, "condition": f"{word} inner norms, rate {rate:g}", "sample": i}
+            | {"value": v + 0.1 * i * (m == LARGEST and word == "without"), "kind": "hit" if m == DIVERGED else None}
             | {"model": "m", "recipe": "m", "seed": 0, "part": "learning-rate stress"}
-            for word, of in values.items()
-            for i in range(2)
-            for m, v in zip((DIVERGED, LARGEST), of, strict=True)
+            for word, of in (("without", without), ("with", with_))
+            for rate in (0.003, 0.1)
+            for i in range(pairs)
+            for m, v in of.items()
         ]
     )
+
+
+def test_what_diverged_and_grew_is_told_by_exact_tests_over_pairs():
+    """McNemar's: of 2 x 8 pairs that all part one way p is 2 / 2^16; of 2 x 2 pairs nothing can be told at a rate."""
+    study, spec = load("stability"), spec_of(rates="0.003,0.1")
+    rows = stressed_rows({DIVERGED: 1.0, LARGEST: 50.0}, {DIVERGED: 0.0, LARGEST: 5.0}, 8)
     text = study.reading(spec, rows)
-    assert "without inner norms diverge more often" in text and "larger in all pairs" in text
-    assert "2 of 2 diverge without and 0 of 2 with" in text
+    assert "Over all 2 rates: 16 of 16 diverge without and 0 of 16 with, 1.00 [0.81, 1.00] of the pairs apart" in text
+    assert re.search(r"inside Mamba is 10\.07 \[[\d., ]*\] times as large without \(p = 6\.1e-05, n = 16\)", text)
+    (at,) = re.findall(r"At rate 0\.1 8 of 8 diverge without and 0 of 8 with, [^(]*\(p = ([\d.]+)\)", text)
+    assert float(at) == pytest.approx(4 * 2 / 2**8, abs=0.001)  # Holm over 2 rates x 2 measures
+    same = stressed_rows({DIVERGED: 1.0, LARGEST: 5.0}, {DIVERGED: 1.0, LARGEST: 5.0}, 2)
+    text = study.reading(spec, same.assign(value=same["value"].where(same.measure == DIVERGED, 5.0)))
+    assert text.count("no difference told, p = 1") == 6 and "2 pairs at each rate cannot tell anything there" in text
+
+
+def test_pairs_have_equal_seeds_and_batches_and_rates_none_in_common(monkeypatch):
+    asked = []
+    monkeypatch.setattr(training_stress, "stressed", lambda recipe: asked.append(recipe) or {DIVERGED: 0.0})
+    training_stress.stress_rows((0.003, 0.1), 5, 3, seed=2)
+    seeds = [recipe.spec.seed for recipe in asked]
+    assert seeds[::2] == seeds[1::2] and len(set(seeds)) == 6
+    assert [recipe.config.inner_norms for recipe in asked] == [True, False] * 6
+
+
+def activation_rows(scale: dict[str, float], prompts: float = 1.0) -> pd.DataFrame:
+    rows = []
+    for recipe, times in scale.items():
+        own = {"model": recipe, "recipe": recipe, "seed": 0, "part": "activations"}
+        rows.append(own | {"measure": stability.NORMS, "sample": 0, "value": float(times == 1)})
+        rows.append(own | {"measure": PROMPTS, "sample": 0, "value": prompts if times == 1 else 1.0})
+        rows += [
+            own | {"measure": stability.MAX + q, "condition": "32-64", "sample": i, "value": times * (1 + i)}
+            for q in stability.POINTS
+            for i in range(12)
+        ]
+    return pd.DataFrame(rows)
+
+
+def test_models_with_and_without_inner_norms_are_compared_on_the_same_prompts():
+    (text,) = stability_reading._between(spec_of(), activation_rows({"plain": 3.0, "normed": 1.0}))
+    assert "plain (without inner norms), times those of normed (with inner norms) on the same 12 prompts" in text
+    assert text.count("3.00 [3.00, 3.00]") == 6 and "not told" not in text
+    assert stability_reading._between(spec_of(), activation_rows({"plain": 3.0, "normed": 1.0}, prompts=2.0)) == []
+
+
+@pytest.mark.parametrize("rates", ["", "0,0.1", "0.1,0.01", "0.1,0.1", "-0.1"])
+def test_rates_rise_and_are_positive(rates):
+    with pytest.raises(ConfigError, match="rates=.*give positive numbers that rise"):
+        spec_of(rates=rates)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from jambascope.errors import ConfigError
+from jambascope.hooks.sweep import Node, logit_difference, patch_sweep
 from jambascope.studies import state_memory, state_pairs, state_probes
+from jambascope.studies.comparisons import PROMPTS
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.spec import make_spec
 from jambascope.studies.runner.study import load
@@ -95,6 +99,44 @@ def test_of_one_mamba_layer_all_together_is_that_layer(model_of_kind, monkeypatc
         assert value == pytest.approx(together[key], abs=1e-4), key
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "mamba2", "no-attention"])
+def test_random_channels_that_are_all_of_a_layer_are_that_layer(model_of_kind, kind, monkeypatch):
+    """As the sweep has them, by other means; and all of all layers are what all layers together do."""
+    model = model_of_kind(kind)
+    pairs = state_pairs.repetition_pairs(model, 5, 8, seed=0)
+    every = tuple(range(model.config.d_inner))
+    sets = [((layer, every),) for layer in model.config.ssm_layers]
+    sets.append(tuple((layer, every) for layer in model.config.ssm_layers))
+    monkeypatch.setattr(state_pairs, "random_channels", lambda config, count, draws, seed: sets)
+    found = state_pairs.random_channel_changes(model, pairs, 1, batch=3, seed=0)
+    node = Node("ssm_state", conv=True)
+    metric = logit_difference(list(pairs.correct), list(pairs.wrong))
+    sweep = patch_sweep(model, pairs.clean, pairs.corrupted, metric, node, positions=[pairs.border], progress=False)
+    changes = sweep.changes()[node.name].values[0, :, list(model.config.ssm_layers), 0]
+    if kind != "mamba2":  # there the last inputs of B and C, which are no channels, stay
+        np.testing.assert_allclose(found[:-1].numpy(), changes, atol=1e-9)
+        patched, _, corrupted = state_pairs.patched_together(model, pairs, [2], batch=5)
+        torch.testing.assert_close(found[-1], patched[state_pairs.PERSISTENT] - corrupted, atol=1e-9, rtol=1e-9)
+    assert found.shape == (len(sets), 5) and found.abs().max() > 1e-6
+
+
+def test_the_best_layer_is_chosen_on_one_half_and_measured_on_the_other(model_of_kind, monkeypatch):
+    model = model_of_kind("hybrid")
+    pairs = state_pairs.repetition_pairs(model, 4, 8, seed=0)
+    asked = []
+    monkeypatch.setattr(
+        state_pairs, "random_channel_changes", lambda _, part, *rest: asked.append(part) or torch.ones(3, 2)
+    )
+    changes = pd.DataFrame({0: [0.0, 0.0, 5.0, 5.0], 2: [-3.0, -1.0, -0.5, -0.25], 3: [1.0, 1.0, 5.0, 5.0]})
+    whole = np.array([-4.0, -4.0, -2.0, -0.1])
+    rows = state_pairs._best_layer_rows(model, pairs, changes, whole, 3, 8, 0)
+    assert torch.equal(asked[0].clean, pairs.clean[2:])
+    of = {(r["measure"], r["what"], r["sample"]): (r["value"], r.get("layer")) for r in rows}
+    assert of["share", state_pairs.BEST, 2] == (0.25, 2) and ("share", state_pairs.BEST, 3) not in of
+    assert of["change, logits", state_pairs.BEST, 3] == (-0.25, 2)
+    assert of["change, logits", state_pairs.CHANNELS, 2] == (1.0, None)
+
+
 # -- probes --------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +209,12 @@ def test_in_jamba_micro_labels_go_through_attention_and_the_review_through_state
         assert share(asked, "states, keys and values")["mean"] == pytest.approx(1, abs=1e-3)
         assert share(asked, "its own states")["mean"] == pytest.approx(0, abs=1e-3)
         assert share(asked, "states of another pair").high < 0.3 and share(asked, "states").n >= 8
+    assert share("query", "states of the best layer").n == share("query", "states of as many random channels").n <= 8
     text = study.reading(spec, rows)
     labels, query = text.split("Pairs that differ in ")[1:]
+    assert re.search(
+        r"chosen on one half of the pairs .*: states of the best layer .*; states of as many random", query
+    )
     assert re.search(r"states carry less than keys and values", labels)
     assert re.search(r"states carry more than states of another pair .* carry more than keys and values", query)
     none = rows.assign(value=rows["value"].where(rows.measure != state_memory.WHOLE, rows["sample"] % 2 - 0.5))
@@ -190,6 +236,32 @@ def test_any_model_with_states_is_asked_what_needs_no_words(model_of_kind, tmp_p
     assert re.search(r"word 24 before: [^;]*, not there to be read", text)
     assert "Median half-life" in text and "a word of a random sequence" in text
     assert (run.path / "report.html").read_text().count("plotly-graph-div") >= 2
+
+
+def planted(share: float, half_life: float, recipe: str, prompts: float = 7.0, n: int = 12) -> list[dict]:
+    own = {"model": recipe, "recipe": recipe, "seed": 0}
+    rows = [own | {"asked": asked, "measure": PROMPTS, "sample": 0, "value": prompts}
+            for asked in ("labels", "half-life")]  # fmt: skip
+    for i in range(n):
+        same, noise = own | {"sample": i}, 0.01 * (-1) ** i * (recipe == "hybrid")
+        rows.append(same | {"asked": "labels", "measure": "share", "what": "states", "value": share + noise})
+        rows += [
+            same | {"asked": "half-life", "measure": state_memory.MEDIAN, "layer": layer, "value": value + noise}
+            for layer, value in ((0, half_life), (1, 4 * half_life))
+        ]
+    return rows
+
+
+def test_models_are_compared_on_the_pairs_that_both_read():
+    """The hybrid's share less the pure one's; half-lives as ratios, whatever their number of layers."""
+    rows = pd.DataFrame(planted(0.2, 3.0, "hybrid") + planted(1.0, 6.0, "pure"))
+    (text,) = state_memory._between(rows)
+    assert "hybrid less pure, on the same prompts" in text
+    assert re.search(r"through states: labels -0\.80 \[-0\.81, -0\.79\] \(p = 0\.00\d+, n = 12\)", text)
+    assert re.search(r"times as long: of all layers 0\.50 \[0\.50, 0\.50\] \(p = 0\.00\d+, n = 12\)", text)
+    alike = pd.DataFrame(planted(0.2, 3.0, "hybrid") + planted(0.2, 3.0, "pure"))
+    assert state_memory._between(alike)[0].count("no difference told") == 2
+    assert state_memory._between(pd.DataFrame(planted(0.2, 3.0, "a") + planted(0.9, 3.0, "b", prompts=8.0))) == []
 
 
 @pytest.mark.parametrize(
