@@ -61,6 +61,9 @@ def _memory(view: View, layer: int, position: int) -> None:
         position=position,
     )
     widgets.show(fig, "retention")
+    if position == len(view.ids) - 1:
+        st.caption("Nothing comes after the last token: choose an earlier one to see how long its write survives.")
+        return
     fig = figures.group_lines(
         results.surviving(memory, position),
         memory.bounds,
