@@ -71,6 +71,8 @@ def test_models_stand_side_by_side(open_page, model, pure):
     episode, mamba = ASKED.draw(), HookedJamba.from_pretrained(pure)
     scores = [label_scores(one, [episode]) for one in (model, mamba)]
 
+    expect(figure(page, "by_shots")).to_be_visible(timeout=60_000)  # the server's first models
+
     def check() -> None:
         found = traces(page, "by_shots")
         assert found
@@ -94,7 +96,7 @@ def test_models_stand_side_by_side(open_page, model, pure):
     no_exception(page)
 
 
-def test_fewer_shots_and_the_link_to_a_head(open_page, model, server):
+def test_fewer_shots_and_the_link_to_a_head(open_page, model):
     page = open_page("formats", format_models=PACKAGED, **QUERY)
     wait_for_title(page, "next_mass", "What comes where a label is due, after 6 shots")
     page.get_by_role("slider").press("ArrowLeft")
@@ -107,7 +109,7 @@ def test_fewer_shots_and_the_link_to_a_head(open_page, model, server):
     address = urlparse(link.get_attribute("href"))
     asked = {name: value[0] for name, value in parse_qs(address.query).items()}
     assert asked["prompt"] == results.prompt_of(ASKED.draw(), 5)
-    there = open_page("attention", fresh=True, **asked)
+    there = open_page("attention", **asked)
     wait_for_title(there, "head_pattern", f"Layer {top['layer']}, head {top['head']}")
     wait_for_title(there, "attended_keys", f"Where “:” ({prompt.query_position}) looks")
     again = open_page("formats", fresh=True, **{n: v[0] for n, v in parse_qs(urlparse(page.url).query).items()})
