@@ -219,18 +219,6 @@ def test_reading_several_positions_and_metrics(model_of_kind):
     )
 
 
-def test_little_memory_gives_the_same(model_of_kind):
-    model = model_of_kind("hybrid")
-    options = dict(nodes=["ssm_state", "resid_pre"], positions=None, progress=False)
-    whole = patch_sweep(model, *pairs(), DIFFERENCE, **options)
-    size = 2 * LENGTH * 32 * 4 * 8  # of the states of a layer
-    little = patch_sweep(model, *pairs(), DIFFERENCE, **options, max_bytes=2 * size)
-    for name in whole.values:
-        close(whole.values[name].values, little.values[name].values)
-    with pytest.raises(InputError, match="hook_ssm_state alone are .* give fewer positions"):
-        patch_sweep(model, *pairs(), DIFFERENCE, **options, max_bytes=size)
-
-
 def test_a_whole_patch_is_one_and_a_pair_that_does_not_differ_has_no_share(model_of_kind):
     model, (clean, corrupted) = model_of_kind("hybrid"), pairs()
     clean, corrupted = torch.cat((clean, clean[:1])), torch.cat((corrupted, clean[:1]))
