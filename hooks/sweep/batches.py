@@ -17,7 +17,7 @@ from jambascope.hooks.sweep.question import Measure
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
-TOKENS_AT_ONCE = {"cpu": 2048}
+TOKENS_AT_ONCE = {"cpu": 4096}
 """Rows x positions of a batch, by device."""
 MOST_TOKENS = 1 << 16
 """On other devices."""

@@ -30,7 +30,7 @@ SWEEPS = {
         model,
         *TOKENS,
         METRICS,
-        ["resid_pre", "pattern", "mlp_out", Node("ssm_state", window=2, conv=True)],
+        ["pattern", "mlp_out", Node("ssm_state", window=2, conv=True)],
         positions=[1, 4],
         **options,
     ),
@@ -41,7 +41,7 @@ SWEEPS = {
         model, *TOKENS, METRICS, ["z", "expert_out"], ["in_proj", "mlp_out", "logits"], layers=[1], **options
     ),
     "knock-outs": lambda model, **options: knock_out_sweep(
-        model, TOKENS[0], METRICS, [(q, k) for q in (4, 5) for k in (0, 2)], **options
+        model, TOKENS[0], METRICS, [(5, 0), (5, 2), (4, 4)], **options
     ),
     "screen": lambda model, **options: (
         screen(model, *TOKENS, METRICS[0], ["resid_pre", "ssm_state"], top=15, **options).true
