@@ -20,12 +20,13 @@ from jambascope.hooks.sweep.metrics import (
 )
 from jambascope.hooks.sweep.nodes import Node, interventions, targets
 from jambascope.hooks.sweep.paths import path_patch
-from jambascope.hooks.sweep.result import Effects, PatchSweep, SweepError
+from jambascope.hooks.sweep.result import Effects, KnockOuts, PatchSweep, SweepError
 from jambascope.hooks.sweep.screening import Screen, screen
 from jambascope.hooks.sweep.sweep import patch_sweep
 
 __all__ = [
     "Effects",
+    "KnockOuts",
     "Metric",
     "Node",
     "PatchSweep",

@@ -3,9 +3,9 @@
 Nothing below a patched layer and nothing left of a patched position changes, so a row enters at its layer and at the
 first position of its batch, with what the layers remember of earlier positions taken from the base run. Rows of higher
 layers join those of lower ones on the way up, and what leaves the last mixer is computed where the metrics read it. The
-matrix products that this takes are half of the time (``jambascope bench sweep``, d_model 128, one thread of a loaded
-CPU: 1.97 times the products alone at 8 layers x 64 positions, 1.8 at 32 x 256). R row, read: the positions whose logits
-are asked for.
+matrix products that this takes are half of the time (the sides of ``jambascope bench sweep``, d_model 128, CPU time of
+one thread: 2.0 times the products alone at 8 layers x 64 positions, 1.5 at every 16th of 32 x 256); of the rest the
+scans are the largest part. R row, read: the positions whose logits are asked for.
 """
 
 from __future__ import annotations

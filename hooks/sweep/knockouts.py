@@ -24,13 +24,14 @@ from jambascope.hooks.intervals import at_least
 from jambascope.hooks.mixer_terms import capture_terms
 from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.engine import Engine
+from jambascope.hooks.sweep.memory import Need, base_bytes, room, states_bytes, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import Node, Target, targets
 from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
-from jambascope.hooks.sweep.question import Measure, Question, layers_of, listed, position
+from jambascope.hooks.sweep.question import Question, layers_of, listed, position
 from jambascope.hooks.sweep.recorded import Base, Recording, record
-from jambascope.hooks.sweep.result import Effects
+from jambascope.hooks.sweep.result import KnockOuts
 from jambascope.hooks.sweep.running import Running
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def knock_out_sweep(
     form: Literal["alpha", "conv"] = "alpha",
     progress: bool | Progress = True,
     max_bytes: int = 1 << 30,
-) -> Effects:
+) -> KnockOuts:
     """The metrics when one edge is knocked out, for every edge and layer: ``changes()`` says what that does.
 
     ``values["attention"]`` has axes metric, pair (the prompt), layer, edge, and head unless all heads of a layer are
@@ -63,8 +64,8 @@ def knock_out_sweep(
         edges: (query, key) pairs of positions, negative ones from the end; every pair when None.
         layers: all when None.
         form: of the hidden attention of Mamba layers whose entry is taken out.
-        max_bytes: of what is read without an edge. The queries of a layer are swept in several goes where it is not
-            enough for all.
+        max_bytes: of what is kept: streams, keys and values, states, logits, and what is read without an edge. Prompts,
+            and the queries of a layer, are swept in several goes where it is not enough for all.
 
     Raises:
         HookError: a layer that does not exist.
@@ -100,13 +101,19 @@ def _edges(edges: Iterable[Edge] | None, question: Question) -> list[Edge]:
 class _KnockOuts(Running):
     """Every edge in every layer."""
 
+    made = KnockOuts
+
     def __init__(
         self, question: Question, edges: list[Edge], layers: Sequence[int], by_head: bool, form: Form, max_bytes: int
     ) -> None:
+        """
+        Raises:
+            InputError: ``max_bytes`` too small for one prompt.
+        """
         super().__init__(question)
         self.form: Form = form
         config = self.model.config
-        self.edges, self.layers, self.by_head, self.max_bytes = edges, layers, by_head, max_bytes
+        self.edges, self.layers, self.by_head = edges, layers, by_head
         self.keys: dict[int, list[int]] = {}
         """Query -> the keys that it loses, one at a time."""
         for query, key in edges:
@@ -119,57 +126,91 @@ class _KnockOuts(Running):
         if set(layers) & set(config.ssm_layers):
             self.add("mamba", coords)
 
+        self.passed, length = range(layers[0], config.n_layers), question.length
+        of_pair = base_bytes(self.model, length, self.passed, {})
+        if self.queries:
+            of_pair += max(self._layer_bytes(layer) + self._query_bytes(layer) for layer in layers)
+        starts = starts_of(self.model, self.queries, len(self.queries), length)
+        need = Need(of_pair, states_bytes(self.model, self.passed), starts)
+        self.room = room(question, max_bytes, need, f"knocking out {len(edges)} edges")
+
     def run(self) -> Iterator[float]:
         """Measure layer by layer; the share that is done."""
-        question, config = self.question, self.model.config
-        layers = range(self.layers[0], config.n_layers)
-        rows = [Row(0, 0, 0, (query,), 0, ()) for query in self.queries]
-        starts = starts_of(self.model, rows, question.length, question.pairs, self.max_bytes)
-        base = Base.record(self.model, question.base, question.all_reads, starts, layers, {})
-        measure = Measure(question, base.logits, base.logits)
-        self.runs = measure.runs()
-        unread = [i for i, (query, _) in enumerate(self.edges) if query >= question.length]
-        for i, layer in enumerate(self.layers):
-            attends = layer in config.attention_layers
-            values = self.values["attention" if attends else "mamba"][:, :, layer]
-            values[:, :, unread] = self.base.reshape(*self.base.shape, *(1,) * (values.ndim - 2))
-            work, done = len(self.edges) * question.pairs * math.prod(values.shape[3:]), 0
-            for batch in self._layer(layer, attends, base, measure) if self.queries else ():
-                done += len(batch)
-                yield (i + done / work) / len(self.layers)
-            yield (i + 1) / len(self.layers)
+        n = self.room.pairs
+        unread = [i for i, (query, _) in enumerate(self.edges) if query >= self.question.length]
+        steps, done = len(self.layers) * math.ceil(self.question.pairs / n), 0
+        for first in range(0, self.question.pairs, n):
+            question = self.question.some(first, n)
+            starts = starts_of(self.model, self.queries, len(self.queries), question.length, self.room.states)
+            base = Base.record(self.model, question.base, question.all_reads, starts, self.passed, {})
+            self.ends(first, base, base.logits)
+            yield done / steps
+            for layer in self.layers:
+                attends = layer in self.model.config.attention_layers
+                values = self.values["attention" if attends else "mamba"][:, first : first + n, layer]
+                unchanged = self.runs_of_base[:, first : first + n]
+                values[:, :, unread] = unchanged.reshape(*unchanged.shape, *(1,) * (values.ndim - 2))
+                work, rows = len(self.edges) * question.pairs * math.prod(values.shape[3:]), 0
+                for batch in self._layer(question, first, layer, attends, base) if self.queries else ():
+                    rows += len(batch)
+                    yield (done + rows / work) / steps
+                done += 1
+                yield done / steps
+            del base  # before the next is recorded beside it
 
-    def _layer(self, layer: int, attends: bool, base: Base, measure: Measure) -> Iterator[list[Row]]:
-        node = Node("attn.hook_z", by="head" if self.by_head else None) if attends else Node("mixer.hook_y")
-        (target,) = targets(self.model, node, [layer])
-        read = (self._attention if attends else self._mamba)(layer)
-        n = self._queries_at_once(target)
+    def _layer(self, question: Question, first: int, layer: int, attends: bool, base: Base) -> Iterator[list[Row]]:
+        """Edges of one layer, of the pairs from ``first`` on."""
+        target, name = self._target(layer), "attention" if attends else "mamba"
+        read = (self._attention if attends else self._mamba)(question, layer)
+        n = 1 + self.room.left // (question.pairs * self._query_bytes(layer))
         for some in (self.queries[i : i + n] for i in range(0, len(self.queries), n)):
             values = pad_sequence([read(query) for query in some])  # [edge of a query, query, pair, ...]
             source = Recording({target.name: values.transpose(1, 2).flatten(0, 1)}, {target.name: some})
-            rows = list(self._rows(target, "attention" if attends else "mamba", set(some)))
-            yield from self.measure(Engine(self.model, [target], base, source, self.question.all_reads), measure, rows)
+            del values
+            rows = list(self._rows(target, name, set(some), first, question.pairs))
+            yield from self.batches(Engine(self.model, [target], base, source, question.all_reads), rows)
 
-    def _rows(self, target: Target, name: str, queries: set[int]) -> Iterator[Row]:
-        pairs = self.question.pairs
+    def _target(self, layer: int) -> Target:
+        attends = layer in self.model.config.attention_layers
+        node = Node("attn.hook_z", by="head" if self.by_head else None) if attends else Node("mixer.hook_y")
+        return targets(self.model, node, [layer])[0]
+
+    def _query_bytes(self, layer: int) -> int:
+        """Of one prompt: what a layer computes without each key of a query, three times as it is put together."""
+        most = max(map(len, self.keys.values()))
+        return 3 * most * values_bytes(self.model, {self._target(layer).name: (0,)}, 1)
+
+    def _layer_bytes(self, layer: int) -> int:
+        """Of one prompt: what the values of a layer without a key are computed from."""
+        config, length, dtype = self.model.config, self.question.length, self.model.dtype
+        if layer in config.attention_layers:
+            seen = values_bytes(self.model, self._seen(layer), length)
+            return seen + length * config.n_heads * config.d_head * dtype.itemsize  # values head by head
+        wide = torch.promote_types(dtype, torch.float32).itemsize
+        inner = config.d_inner * length
+        terms = [f"blocks.{layer}.mixer.hook_{name}" for name in ("in_proj", "B", "C")]
+        size = values_bytes(self.model, dict.fromkeys(terms, range(length)), length) * wide // dtype.itemsize
+        # x, slopes, scales, steps and inputs; one row of weights twice; y; elapsed time in float64 (mixer_terms).
+        return size + inner * (8 * wide + torch.float64.itemsize)
+
+    def _rows(self, target: Target, name: str, queries: set[int], begin: int, pairs: int) -> Iterator[Row]:
         for i, (query, key) in enumerate(self.edges):
             if query in queries:
                 first = self.keys[query].index(key) * pairs
                 for pair in range(pairs):
                     for unit in range(target.units):
-                        place = (name, pair, target.layer, i, unit)
+                        place = (name, begin + pair, target.layer, i, unit)
                         yield Row(pair, first + pair, 0, (query,), unit, place if target.axis else place[:-1])
 
-    def _queries_at_once(self, target: Target) -> int:
-        most = max(map(len, self.keys.values()))
-        size = target.row.nbytes(self.model.config, self.question.pairs, most, self.model.dtype)
-        return max(1, self.max_bytes // (3 * size))
+    def _seen(self, layer: int) -> dict[str, Sequence[int]]:
+        """Scores and values of an attention layer."""
+        prefix = f"blocks.{layer}.attn."
+        return {prefix + "hook_attn_scores": self.queries, prefix + "hook_v": range(self.question.length)}
 
-    def _attention(self, layer: int) -> Callable[[int], torch.Tensor]:
+    def _attention(self, question: Question, layer: int) -> Callable[[int], torch.Tensor]:
         """What heads mix without each key of a query, [edge of the query, pair, H, P]."""
-        names = {f"blocks.{layer}.attn.hook_attn_scores": self.queries}
-        names[f"blocks.{layer}.attn.hook_v"] = range(self.question.length)
-        seen = record(self.model, self.question.base, names)[0].values
+        names = self._seen(layer)
+        seen = record(self.model, question.base, names)[0].values
         scores, v = (seen[name] for name in names)
         v = v.repeat_interleave(self.model.config.n_heads // self.model.config.n_key_value_heads, dim=2)
 
@@ -183,11 +224,11 @@ class _KnockOuts(Running):
 
         return read
 
-    def _mamba(self, layer: int) -> Callable[[int], torch.Tensor]:
+    def _mamba(self, question: Question, layer: int) -> Callable[[int], torch.Tensor]:
         """What a scan reads out without each key of a query, [edge of the query, pair, E]."""
         name = f"blocks.{layer}.mixer.hook_y"
-        y = record(self.model, self.question.base, {name: self.queries})[0].values[name]
-        terms = capture_terms(self.model, self.question.base, [layer])[layer]
+        y = record(self.model, question.base, {name: self.queries})[0].values[name]
+        terms = capture_terms(self.model, question.base, [layer])[layer]
         x = inputs(terms, self.form)
 
         def read(query: int) -> torch.Tensor:
@@ -198,7 +239,7 @@ class _KnockOuts(Running):
 
         return read
 
-    def result(self, complete: bool = False) -> Effects:
+    def result(self, complete: bool = False) -> KnockOuts:
         """What is known so far; queries and keys of the edges are coordinates of their own."""
         found = super().result(complete)
         queries, keys = zip(*self.edges, strict=True)

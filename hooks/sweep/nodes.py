@@ -44,7 +44,7 @@ class Node:
     """What has a cell of its own: "head", "expert" (of ``expert_out``: what one expert adds to the stream), or None for
     the whole component. "auto": heads and experts where the component has them."""
     channels: int | None = None
-    """Cells are groups of as many neighbouring channels."""
+    """Cells are groups of as many neighbouring channels; of B and C, which have none, of the state's entries."""
     window: int | None = None
     """Of ``ssm_state``: read-outs that see the patch; after them the state is that of the unpatched run again."""
     conv: bool = False
@@ -170,7 +170,7 @@ def _target(model: HookedJamba, node: Node, name: str) -> Target:
     if model.config.d_conv == 1 and (node.conv or tail == CONV_STATE):
         raise HookError(f"{node.name}: with d_conv=1 a convolution remembers no inputs; patch the state alone")
     if node.channels:
-        axis = next((a for a in row.axes if a in AXES["channels"]), None)
+        axis = next((a for field in ("channels", "states") for a in row.axes if a in AXES[field]), None)
         if axis is None or any(a in row.axes for a in (*HEADS, "S")):
             raise HookError(f"{node.name}: {name} has no channels to group; its axes are {' '.join(row.axes)}")
         return Target(node, layer, row, axis, -(-sizes[axis] // node.channels), sizes[axis])
@@ -203,7 +203,7 @@ def interventions(
     node, layer, positions = target.node, target.layer, tuple(positions)
     selection = {}
     if node.channels:
-        selection["channels"] = target.channels(unit)
+        selection["states" if target.axis == "N" else "channels"] = target.channels(unit)
     elif target.axis in (*HEADS, "H2"):
         selection["heads"] = unit
     elif target.axis == "X":

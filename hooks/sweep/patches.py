@@ -29,16 +29,16 @@ class Row:
     """A cell of a prompt pair: what one row of a batch is patched with."""
 
     pair: int
-    """The prompt of the base run."""
+    """The prompt of the base run, among those that are recorded together."""
     source: int
-    """The prompt of the source run."""
+    """The prompt of the source run, the same way."""
     target: int
     """Index among the targets."""
     positions: tuple[int, ...]
     """Ascending; those after the last reading are not patched, but windows are counted from them."""
     unit: int
-    place: tuple[int, ...]
-    """Where its result belongs."""
+    place: tuple
+    """Where its result belongs: a name, the pair among all, and the rest of the axes."""
 
 
 @dataclass

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from jaxtyping import Float
 
+from jambascope.devices import index_tensor
 from jambascope.errors import HookError, InputError
 from jambascope.hooks.intervals import at_least
 from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.engine import Engine
+from jambascope.hooks.sweep.memory import Need, base_bytes, room, states_bytes, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, distinct, expert_addend, needed, targets, targets_of
 from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
-from jambascope.hooks.sweep.question import Direction, Measure, Question, layers_of
+from jambascope.hooks.sweep.question import Direction, Question, layers_of
 from jambascope.hooks.sweep.recorded import Base, Recording, record
 from jambascope.hooks.sweep.result import Effects
 from jambascope.hooks.sweep.running import Running
@@ -150,68 +152,98 @@ class _Paths(Running):
         through: Through,
         max_bytes: int,
     ) -> None:
+        """
+        Raises:
+            InputError: ``max_bytes`` too small for one pair.
+        """
         super().__init__(question)
-        self.senders, self.receivers, self.through, self.max_bytes = senders, receivers, through, max_bytes
+        self.senders, self.receivers, self.through = senders, receivers, through
         self.columns = [(target, unit) for target in receivers for unit in range(target.units)]
         self.logits = logits
         labels = [_label(*column) for column in self.columns] + ["logits"] * logits
         self.add("paths", {"sender": [s.label for s in senders], "receiver": labels})
 
+        lowest, n_layers = min(s.target.layer for s in senders), self.model.config.n_layers
+        self.layers, everywhere = range(lowest, n_layers), range(question.length)
+        self.of_source = {name: everywhere for s in senders for name in needed(s.target)}
+        self.of_base = self.of_source | dict.fromkeys(self._written(), everywhere)
+        self.room = room(question, max_bytes, self._need(), f"path patching of {len(senders)} senders")
+
+    def _need(self) -> Need:
+        """Of one pair: both runs, and for one sender at least its stream, and what a receiver makes of it."""
+        length, first = self.question.length, self._first(self.question)
+        recorded = base_bytes(self.model, length, self.layers, self.of_base)
+        recorded += values_bytes(self.model, self.of_source, length)
+        starts = starts_of(self.model, [first], 1, length)
+        return Need(recorded + self._stream + self._most_read, states_bytes(self.model, self.layers), starts)
+
+    @property
+    def _stream(self) -> int:
+        """Bytes of a sender's stream, of one pair: itself, what is added, and both once more as others join."""
+        return 4 * self.question.length * self.model.config.d_model * self.model.dtype.itemsize
+
+    @property
+    def _most_read(self) -> int:
+        """Bytes of what one receiver makes of one stream, with what that is made of."""
+        return 2 * max((self._read_bytes(target) for target in self.receivers), default=0)
+
+    def _read_bytes(self, target: Target) -> int:
+        return values_bytes(self.model, {target.name: range(self.question.length)}, self.question.length)
+
+    @staticmethod
+    def _first(question: Question) -> int:
+        """Where the first pair begins to differ; the last position where none does."""
+        return min(*question.same_up_to, question.length - 1)
+
     def run(self) -> Iterator[float]:
         """Measure receiver by receiver, in the order in which they read; the share that is done."""
         question, config = self.question, self.model.config
-        wanted = {name: range(question.length) for s in self.senders for name in needed(s.target)}
-        source, source_logits = record(self.model, question.source, wanted, question.all_reads)
-        rows = [Row(0, 0, 0, (min(*question.same_up_to, question.length - 1),), 0, ())]
-        starts = starts_of(self.model, rows, question.length, question.pairs, self.max_bytes)
-        lowest = min(s.target.layer for s in self.senders)
-        layers, further = range(lowest, config.n_layers), wanted | self._written(lowest)
-        base = Base.record(self.model, question.base, question.all_reads, starts, layers, further)
-        measure = Measure(question, base.logits, source_logits)
-        self.runs = measure.runs()
-        done, work = (
-            0,
-            question.pairs * sum(s.stage <= _stage(target) for s in self.senders for target, _ in self.columns),
-        )
-        yield 0.0
-        for group in self._groups():
-            for stage, active, streams in self._streams(base, source, lowest, group):
-                for target in (target for target in self.receivers if _stage(target) == stage):
-                    for cells in self._receive(target, active, streams, base, measure):
-                        done += cells
-                        yield done / work
-                if stage == 2 * config.n_layers and self.logits:
-                    self._unembed(active, streams, measure)
+        work = question.pairs * sum(s.stage <= _stage(target) for s in self.senders for target, _ in self.columns)
+        done = 0
+        for begin in range(0, question.pairs, self.room.pairs):
+            some = question.some(begin, self.room.pairs)
+            source, source_logits = record(self.model, some.source, self.of_source, some.all_reads)
+            starts = starts_of(self.model, [self._first(some)], 1, some.length, self.room.states)
+            base = Base.record(self.model, some.base, some.all_reads, starts, self.layers, self.of_base)
+            self.ends(begin, base, source_logits)
+            yield done / max(work, 1)
+            for group in self._groups(some):
+                for stage, active, streams in self._streams(base, source, group):
+                    for target in (target for target in self.receivers if _stage(target) == stage):
+                        for cells in self._receive(some, begin, target, active, streams, base):
+                            done += cells
+                            yield done / work
+                    if stage == 2 * config.n_layers and self.logits:
+                        self._unembed(begin, active, streams)
+            del source, base
+        yield 1.0
 
-    def _groups(self) -> list[list[int]]:
+    def _groups(self, question: Question) -> list[list[int]]:
         """The senders whose streams are held together."""
-        config, n = self.model.config, len(self.senders)
-        size = self.question.base.numel() * config.d_model * self.model.dtype.itemsize
-        at_once = max(1, self.max_bytes // (4 * size))
-        order = sorted(range(n), key=lambda i: self.senders[i].stage)
-        return [order[i : i + at_once] for i in range(0, n, at_once)]
+        at_once = max(1, (self.room.left // 2 // question.pairs + self._stream) // self._stream)
+        order = sorted(range(len(self.senders)), key=lambda i: self.senders[i].stage)
+        return [order[i : i + at_once] for i in range(0, len(order), at_once)]
 
-    def _unembed(self, active: list[int], streams: torch.Tensor, measure: Measure) -> None:
+    def _unembed(self, begin: int, active: list[int], streams: torch.Tensor) -> None:
         """What the logits make of each sender's stream."""
         with self.model._lock:
             logits = self.model.unembed(self.model.ln_final(streams[:, :, list(self.question.all_reads)].flatten(0, 1)))
-        pairs = range(self.question.pairs)
-        found = measure(logits, torch.arange(len(pairs), device=logits.device).repeat(len(active))).cpu().numpy()
-        last = len(self.columns)
+        pairs, last = range(begin, begin + streams.shape[1]), len(self.columns)
+        found = self.measure(logits, index_tensor(pairs, logits.device).repeat(len(active))).cpu().numpy()
         self.write([Row(p, p, 0, (), 0, ("paths", p, sender, last)) for sender in active for p in pairs], found)
 
-    def _written(self, lowest: int) -> dict[str, range]:
+    def _written(self) -> list[str]:
         """What else is kept of the base run: its stream between the halves of layers, and what receivers replace."""
-        names = [f"blocks.{layer}.hook_resid_mid" for layer in _feeding(self.model) if layer >= lowest]
-        names += [target.name for target in self.receivers if target.tail == "hook_mlp_out"]
-        return dict.fromkeys(names, range(self.question.length))
+        names = [f"blocks.{layer}.hook_resid_mid" for layer in _feeding(self.model) if layer in self.layers]
+        return names + [target.name for target in self.receivers if target.tail == "hook_mlp_out"]
 
     def _streams(
-        self, base: Base, source: Recording, lowest: int, group: list[int]
+        self, base: Base, source: Recording, group: list[int]
     ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
         """Each reading from the first that any sender of a group reaches: its stage, the senders that reach it, and the
         stream as each of them alone changes it, [sender pair pos d_model]."""
-        config, everyone = self.model.config, torch.arange(self.question.pairs, device=self.model.device)
+        config, lowest = self.model.config, self.layers[0]
+        everyone = torch.arange(len(base.logits), device=self.model.device)
         before, active = base.stream(lowest, everyone, 0), []
         streams = before.new_empty(0, *before.shape)
         for stage in range(2 * lowest + 1, 2 * config.n_layers + 1):
@@ -247,30 +279,31 @@ class _Paths(Running):
         return change
 
     def _receive(
-        self, target: Target, active: list[int], streams: torch.Tensor, base: Base, measure: Measure
+        self, question: Question, begin: int, target: Target, active: list[int], streams: torch.Tensor, base: Base
     ) -> Iterator[int]:
-        """What reaches a receiver from each sender, patched into runs of their own; how many cells are done."""
-        question, first = self.question, self.question.same_up_to
-        same = [pair for pair in range(question.pairs) if first[pair] == question.length]
-        width = target.row.nbytes(self.model.config, question.pairs, question.length, self.model.dtype)
-        at_once = max(1, self.max_bytes // (4 * width))
+        """What reaches a receiver from each sender, patched into runs of their own, of the pairs from ``begin`` on; how
+        many cells are done."""
+        first, pairs = question.same_up_to, question.pairs
+        same = [pair for pair in range(pairs) if first[pair] == question.length]
+        size = 2 * self._read_bytes(target)
+        at_once = max(1, (self.room.left // 2 // pairs + self._most_read) // size)
         columns = [i for i, (of, _) in enumerate(self.columns) if of is target]
-        for begin in range(0, len(active), at_once):
-            some = active[begin : begin + at_once]
-            values = self._read(target, streams[begin : begin + at_once].flatten(0, 1))
+        for at in range(0, len(active), at_once):
+            some = active[at : at + at_once]
+            values = self._read(target, streams[at : at + at_once].flatten(0, 1))
             source = Recording({target.name: values}, {target.name: range(question.length)})
             rows = [
-                Row(pair, i * question.pairs + pair, 0, tuple(range(first[pair], question.length)), unit, place)
+                Row(pair, i * pairs + pair, 0, tuple(range(first[pair], question.length)), unit, place)
                 for i, sender in enumerate(some)
-                for pair in range(question.pairs)
+                for pair in range(pairs)
                 for unit, column in enumerate(columns)
-                for place in [("paths", pair, sender, column)]
+                for place in [("paths", begin + pair, sender, column)]
             ]
             still = [row for row in rows if row.pair in same]
-            self.write(still, self.base[:, [row.pair for row in still]])
+            self.write(still, self.runs_of_base[:, [row.place[1] for row in still]])
             yield len(still)
             engine = Engine(self.model, [target], base, source, question.all_reads)
-            for batch in self.measure(engine, measure, [row for row in rows if row.pair not in same]):
+            for batch in self.batches(engine, [row for row in rows if row.pair not in same]):
                 yield len(batch)
 
     def _read(self, target: Target, stream: Float[torch.Tensor, "row pos d_model"]) -> torch.Tensor:

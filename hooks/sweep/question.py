@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -82,6 +82,10 @@ class Question:
         """Positions that matter."""
         return self.base.shape[1]
 
+    def some(self, first: int, n: int) -> Question:
+        """The same of ``n`` pairs alone."""
+        return replace(self, base=self.base[first : first + n], source=self.source[first : first + n])
+
     @property
     def same_up_to(self) -> list[int]:
         """The first position in which the prompts of each pair differ."""
@@ -92,21 +96,18 @@ class Question:
 class Measure:
     """The metrics of rows of logits."""
 
-    def __init__(
-        self,
-        question: Question,
-        base_logits: Float[torch.Tensor, "pair read vocab"],
-        source_logits: Float[torch.Tensor, "pair read vocab"],
-    ) -> None:
-        """Logits are those of the positions that the metrics read, in order.
-
+    def __init__(self, question: Question) -> None:
+        """
         Raises:
             InputError: tokens that do not exist.
         """
-        reads = list(question.all_reads)
-        runs = (source_logits, base_logits) if question.direction == "denoise" else (base_logits, source_logits)
-        self.question, (self.clean, self.corrupted) = question, runs
-        self._ids = {m.name: token_ids(question.model, m, question.pairs) for m in question.metrics}
+        self.question, model, reads = question, question.model, list(question.all_reads)
+        self.base, self.source = (
+            model.embed.weight.new_full((question.pairs, len(reads), model.config.d_vocab), float("nan"))
+            for _ in range(2)
+        )
+        """The logits of both runs at the positions that the metrics read, in order; NaN before ``add``."""
+        self._ids = {m.name: token_ids(model, m, question.pairs) for m in question.metrics}
         self._places = {m.name: [reads.index(p) for p in question.reads[m.name]] for m in question.metrics}
 
     def __call__(
@@ -115,33 +116,48 @@ class Measure:
         """In float64, on the logits' device.
 
         Raises:
-            InputError: a metric that does not give a number for each row.
+            InputError: a metric that fails, or does not give a number for each row.
         """
+        clean, corrupted = self._ends()
         found = []
         for metric in self.question.metrics:
             at = self._places[metric.name]
-            reference = Reference(pairs, self.clean[:, at], self.corrupted[:, at], self._ids[metric.name])
-            value = metric.function(logits[:, at], reference)
+            reference = Reference(pairs, clean[:, at], corrupted[:, at], self._ids[metric.name])
+            try:
+                value = metric.function(logits[:, at], reference)
+            except Exception as problem:
+                raise InputError(f"{metric.name} raised {type(problem).__name__}: {problem}") from problem
             if not isinstance(value, torch.Tensor) or value.shape != pairs.shape:
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise InputError(f"{metric.name} gave {shape} for {len(pairs)} rows; it must give a number for each")
             found.append(value.double())
         return torch.stack(found)
 
-    def runs(self) -> dict[str, np.ndarray]:
-        """Run -> its metrics, [metric pair].
+    def _ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the clean and the corrupted run."""
+        return (self.source, self.base) if self.question.direction == "denoise" else (self.base, self.source)
+
+    def add(
+        self,
+        first: int,
+        base: Float[torch.Tensor, "some read vocab"],
+        source: Float[torch.Tensor, "some read vocab"],
+    ) -> dict[str, np.ndarray]:
+        """Keep the logits of pairs from ``first`` on. Run -> their metrics, [metric some].
 
         Raises:
             InputError: one that is not finite.
         """
-        pairs, found = torch.arange(self.question.pairs, device=self.clean.device), {}
-        for name, logits in (("clean", self.clean), ("corrupted", self.corrupted)):
-            found[name] = self(logits, pairs).detach().cpu().numpy()
+        some = slice(first, first + len(base))
+        self.base[some], self.source[some] = base, source
+        pairs, found = torch.arange(some.start, some.stop, device=base.device), {}
+        for name, logits in zip(("clean", "corrupted"), self._ends(), strict=True):
+            found[name] = self(logits[some], pairs).detach().cpu().numpy()
             for metric, values in zip(self.question.metrics, found[name], strict=True):
                 if not np.isfinite(values).all():
-                    pair = int(np.flatnonzero(~np.isfinite(values))[0])
+                    i = int(np.flatnonzero(~np.isfinite(values))[0])
                     raise InputError(
-                        f"{metric.name} is {values[pair]} in the {name} run of pair {pair}; it must be finite"
+                        f"{metric.name} is {values[i]} in the {name} run of pair {first + i}; it must be finite"
                     )
         return found
 

@@ -55,19 +55,22 @@ def record(
     """One run; what it computed at chosen positions of hook points, and its logits at ``reads`` alone."""
     kept: dict[str, torch.Tensor] = {}
     last = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    every = dict(wanted)
     if reads:
-        wanted = {**wanted, last: sorted({*wanted.get(last, ()), *reads})}
+        every[last] = sorted({*wanted.get(last, ()), *reads})
 
     def keep(value: torch.Tensor, hook: HookPoint) -> None:
         kept[hook.name] = value.clone()
 
-    hooks: list[tuple[str, Callable]] = [(name, At(positions, keep)) for name, positions in wanted.items()]
+    hooks: list[tuple[str, Callable]] = [(name, At(positions, keep)) for name, positions in every.items()]
     with model.hooks(hooks):
         model(tokens, state=state, return_type=None)
-    recording = Recording(kept, dict(wanted))
+    recording = Recording(kept, every)
     if not reads:
         return recording, model.embed.weight.new_empty(len(tokens), 0, model.config.d_vocab)
     stream = kept[last].index_select(1, index_tensor(recording.places(last, reads), model.device))
+    if last not in wanted:
+        del kept[last], every[last]
     with model._lock:
         return recording, model.unembed(model.ln_final(stream))
 
@@ -87,7 +90,7 @@ class Base:
     starts: tuple[int, ...]
     """Positions from which rows may start."""
     keys: dict[int, KeyValueState]
-    """Attention layer -> keys and values of all positions."""
+    """Attention layer that rows pass through -> keys and values of all positions."""
 
     @classmethod
     def record(
@@ -108,19 +111,12 @@ class Base:
             further: other hook points to keep, and their positions.
         """
         starts, length = tuple(starts), tokens.shape[1]
-        everywhere = range(length)
-        wanted: dict[str, Sequence[int]] = {f"blocks.{layer}.hook_resid_pre": everywhere for layer in layers}
-        wanted[f"blocks.{layers[-1]}.hook_resid_post"] = everywhere
-        before = tuple(s - 1 for s in starts if s)
-        if before:
-            for layer in layers:
-                if model.config.mixers[layer] != "attention":
-                    wanted |= {f"blocks.{layer}.{tail}": before for tail in memory_points(model)}
-        for name, positions in further.items():
-            wanted[name] = everywhere if wanted.get(name) == everywhere else sorted({*positions, *wanted.get(name, ())})
+        wanted, before = base_points(length, layers, further), {s - 1 for s in starts if s}
+        for name in state_points(model, layers) if before else ():
+            wanted[name] = sorted(before.union(wanted.get(name, ())))
         state = model.new_state(len(tokens))
         recording, logits = record(model, tokens, wanted, reads, state)
-        keys = {i: layer for i, layer in enumerate(state.layers) if isinstance(layer, KeyValueState)}
+        keys = {i: state.layers[i] for i in layers if isinstance(state.layers[i], KeyValueState)}
         return cls(recording, logits, length, starts, keys)
 
     def stream(self, layer: int, prompts: torch.Tensor, start: int) -> Float[torch.Tensor, "row pos d_model"]:
@@ -155,6 +151,15 @@ class Base:
         return InferenceState([found] * model.config.n_layers, start)
 
 
-def memory_points(model: HookedJamba) -> list[str]:
-    """What a Mamba layer remembers, as hook points."""
-    return [STATE, CONV_STATE] if model.config.d_conv > 1 else [STATE]
+def base_points(length: int, layers: range, further: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Hook points of the base run that are kept, without those of ``starts``, and their positions."""
+    everywhere = range(length)
+    wanted: dict[str, Sequence[int]] = {f"blocks.{layer}.hook_resid_pre": everywhere for layer in layers}
+    wanted[f"blocks.{layers[-1]}.hook_resid_post"] = everywhere
+    return {**further, **wanted}
+
+
+def state_points(model: HookedJamba, layers: Iterable[int]) -> list[str]:
+    """What Mamba layers remember, as hook points."""
+    tails = [STATE, CONV_STATE] if model.config.d_conv > 1 else [STATE]
+    return [f"blocks.{layer}.{tail}" for layer in layers if model.config.mixers[layer] != "attention" for tail in tails]

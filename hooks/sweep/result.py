@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,10 @@ import pyarrow as pa
 import xarray as xr
 
 from jambascope.errors import InputError
-from jambascope.files import write_table
+from jambascope.files import read_table, write_table
+
+if TYPE_CHECKING:
+    from jambascope.hooks.sweep.screening import Screen
 
 LEAST_DIFFERENCE = 1e-3
 """Of the metric between the two runs: a share of less is mostly rounding, and is NaN."""
@@ -55,21 +60,56 @@ class Effects:
         return {name: (values - self.base) / difference for name, values in self.values.items()}
 
     def table(self, least_difference: float = LEAST_DIFFERENCE) -> pd.DataFrame:
-        """One row for each metric, pair and cell that was reached: the axes, value, effect, clean, corrupted."""
+        """One row for each metric, pair and cell that was reached: the axes, value, effect, clean, corrupted; the
+        direction, and whether every cell was reached."""
         effects = self.effects(least_difference)
         frames = []
         for name, values in self.values.items():
             columns = {"value": values, "effect": effects[name], "clean": self.clean, "corrupted": self.corrupted}
-            frame = xr.Dataset(columns).to_dataframe().reset_index().dropna(subset="value")
+            frame = xr.Dataset(columns | {"change": values - self.base}).to_dataframe().reset_index()
+            frame = frame.dropna(subset="value").assign(direction=self.direction, complete=self.complete)
             frames.append(self._named(name, values, frame))
         return pd.concat(frames, ignore_index=True)
 
     def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
-        return frame[[*values.dims, "value", "effect", "clean", "corrupted"]]
+        return frame[[*values.dims, *_NUMBERS]]
 
     def save(self, path: str | Path) -> None:
-        """The table as parquet, whole or not at all."""
-        write_table(Path(path), pa.Table.from_pandas(self.table(), preserve_index=False))
+        """The table as parquet, whole or not at all; with the axes and the metrics of both runs as metadata.
+
+        Raises:
+            InputError: a path that cannot be written.
+        """
+        path, table = Path(path), pa.Table.from_pandas(self.table(), preserve_index=False)
+        about = {
+            "axes": {name: {d: values[d].values.tolist() for d in values.dims} for name, values in self.values.items()},
+            "ends": {name: getattr(self, name).values.tolist() for name in ("clean", "corrupted")},
+            "direction": self.direction,
+            "complete": self.complete,
+        }
+        try:
+            write_table(path, table.replace_schema_metadata({**table.schema.metadata, _ABOUT: json.dumps(about)}))
+        except (OSError, pa.ArrowException) as problem:
+            with suppress(OSError):
+                path.with_name(path.name + ".tmp").unlink()
+            raise InputError(
+                f"path={str(path)!r} cannot be written ({problem}); give a file in a folder that exists, has room and "
+                "may be written to"
+            ) from problem
+
+
+_NUMBERS = ("value", "effect", "clean", "corrupted", "direction", "complete")
+_ABOUT = b"jambascope"
+
+
+class KnockOuts(Effects):
+    """The metrics of every edge knocked out: ``values`` of "attention" and "mamba" layers, with axes metric, pair,
+    layer, edge, and head where heads are knocked out one by one. There is one run alone, ``clean``, so no effect is a
+    share of a difference: ``changes()``."""
+
+    def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
+        columns = ["mixer", *values.dims, "query", "key", "value", "change", "clean", "complete"]
+        return frame.assign(mixer=name)[columns]
 
 
 class PatchSweep(Effects):
@@ -79,8 +119,30 @@ class PatchSweep(Effects):
     def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
         unit = next(iter(values.dims[4:]), None)
         frame = frame.rename(columns={unit: "unit"}) if unit else frame.assign(unit=0)
-        columns = ["node", "layer", "position", "of", "unit", "metric", "pair", "value", "effect", "clean", "corrupted"]
+        columns = ["node", "layer", "position", "of", "unit", "metric", "pair", *_NUMBERS]
         return frame.assign(node=name, of=unit or "")[columns]
+
+    @classmethod
+    def load(cls, path: str | Path) -> PatchSweep:
+        """What ``save`` wrote.
+
+        Raises:
+            InputError: a file that cannot be read, or that ``save`` did not write.
+        """
+        try:
+            table = read_table(Path(path))
+            about, cells = json.loads(table.schema.metadata[_ABOUT]), table.to_pandas()
+            values = {name: _filled(cells[cells["node"] == name], axes) for name, axes in about["axes"].items()}
+            first = next(iter(values.values()))
+            ends = {
+                name: xr.DataArray(found, {d: first[d].values for d in ("metric", "pair")}, ["metric", "pair"])
+                for name, found in about["ends"].items()
+            }
+        except (OSError, pa.ArrowException, TypeError, ValueError, KeyError) as problem:
+            raise InputError(
+                f"path={str(path)!r} is no sweep that save wrote ({problem}); give one that is"
+            ) from problem
+        return cls(values, **ends, direction=about["direction"], complete=about["complete"])
 
     def top(self, k: int = 10, metric: str | None = None) -> pd.DataFrame:
         """The cells with the largest mean effect over pairs, by size: node, layer, position, of, unit, effect.
@@ -100,9 +162,19 @@ class PatchSweep(Effects):
         return cells.iloc[np.argsort(-cells["effect"].abs().fillna(-1).to_numpy(), kind="stable")[:k]]
 
 
-class SweepError(InputError):
-    """A metric that was not finite at some cell; ``result`` is what was known by then."""
+def _filled(cells: pd.DataFrame, axes: dict[str, list]) -> xr.DataArray:
+    """Rows of a table as an array; NaN where there is none."""
+    values = xr.DataArray(np.full([len(labels) for labels in axes.values()], np.nan), axes, list(axes))
+    columns = [*axes][:4] + ["unit"] * (len(axes) - 4)
+    places = (pd.Index(values[d].values).get_indexer(cells[c]) for d, c in zip(axes, columns, strict=True))
+    values.values[tuple(places)] = cells["value"]
+    return values
 
-    def __init__(self, message: str, result: Effects) -> None:
+
+class SweepError(InputError):
+    """A sweep that failed at some cell, as where a metric raises or is not finite; ``result`` is what was known then,
+    of a screen with its estimates."""
+
+    def __init__(self, message: str, result: Effects | Screen) -> None:
         super().__init__(message)
         self.result = result

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
+from jambascope.errors import JambascopeError
 from jambascope.hooks.sweep.batches import measured
 from jambascope.hooks.sweep.engine import Engine
 from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress, watched
 from jambascope.hooks.sweep.question import Measure, Question
+from jambascope.hooks.sweep.recorded import Base
 from jambascope.hooks.sweep.result import Effects, SweepError
 
 
@@ -31,6 +34,7 @@ class Running(ABC):
         """Name -> axes of its cells, in order."""
         self.values: dict[str, np.ndarray] = {}
         """Name -> the metrics, [metric pair ...]; NaN where nothing is known."""
+        self.measure = Measure(question)
 
     def add(self, name: str, coords: dict[str, list]) -> None:
         """Make room for the cells of a name."""
@@ -42,7 +46,7 @@ class Running(ABC):
         return np.full([len(labels) for labels in axes.values()], np.nan)
 
     @property
-    def base(self) -> np.ndarray:
+    def runs_of_base(self) -> np.ndarray:
         """The metrics of the runs that are patched into, [metric pair]."""
         return self.runs["corrupted" if self.question.direction == "denoise" else "clean"]
 
@@ -50,24 +54,44 @@ class Running(ABC):
     def run(self) -> Iterator[float]:
         """Measure; after each batch the share that is done."""
 
+    def ends(self, first: int, base: Base, source_logits: torch.Tensor) -> None:
+        """Both runs of the pairs from ``first`` on, measured and written down.
+
+        Raises:
+            InputError: a metric that fails or is not finite.
+        """
+        some = slice(first, first + len(base.logits))
+        for name, found in self.measure.add(first, base.logits, source_logits).items():
+            self.runs[name][:, some] = found
+        base.logits = self.measure.base[some]
+
     def until_done(self, progress: bool | Progress) -> Any:
-        """The result, of what is done where Ctrl-C or ``progress`` ended it early."""
+        """The result, of what is done where Ctrl-C or ``progress`` ended it early.
+
+        Raises:
+            SweepError: what failed after something was done, with that.
+        """
         with watched(progress) as show:
             try:
                 for share in self.run():
                     if show(share, self.result) is False:
-                        return self.result()
+                        return self.result(complete=share == 1)
             except KeyboardInterrupt:
                 return self.result()
+            except Exception as problem:
+                if isinstance(problem, SweepError) or all(np.isnan(values).all() for values in self.values.values()):
+                    raise
+                what = problem if isinstance(problem, JambascopeError) else f"{type(problem).__name__}: {problem}"
+                raise SweepError(f"{what}; .result has what is done", self.result()) from problem.__cause__ or problem
         return self.result(complete=True)
 
-    def measure(self, engine: Engine, measure: Measure, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    def batches(self, engine: Engine, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """Measure rows and write them down; each batch when that is done.
 
         Raises:
             SweepError: a metric that is not finite.
         """
-        for batch, found in measured(engine, measure, rows):
+        for batch, found in measured(engine, self.measure, rows):
             self.write(batch, found)
             yield batch
 
@@ -89,5 +113,5 @@ class Running(ABC):
             name: xr.DataArray(values.copy(), self.axes | self.coords[name], list(self.axes | self.coords[name]))
             for name, values in self.values.items()
         }
-        ends = (xr.DataArray(self.runs[name], self.axes, list(self.axes)) for name in ("clean", "corrupted"))
+        ends = (xr.DataArray(self.runs[name].copy(), self.axes, list(self.axes)) for name in ("clean", "corrupted"))
         return self.made(arrays, *ends, self.question.direction, complete)

@@ -17,12 +17,14 @@ import xarray as xr
 from jambascope.errors import HookError, InputError
 from jambascope.hooks.attribution_patching import attribution_patching
 from jambascope.hooks.intervals import at_least
+from jambascope.hooks.sweep.memory import Need, Needs, room, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target
 from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Measure, Question
-from jambascope.hooks.sweep.result import PatchSweep
+from jambascope.hooks.sweep.recorded import record
+from jambascope.hooks.sweep.result import PatchSweep, SweepError
 from jambascope.hooks.sweep.sweep import Cells, Sweep
 
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ def screen(
 
     Arguments and errors are those of ``patch_sweep``; one metric, which must have a gradient; z, mixer_out and mlp_out
     where the model has them when ``nodes`` is None; positions one by one; and no windows, ``conv`` or experts' addends,
-    which have no gradient of their own.
+    which have no gradient of their own. ``max_bytes`` is also of values, gradients and logits of the estimates; what
+    autograd keeps of a pass comes on top. A SweepError's ``result`` is the screen with what was patched by then.
     """
     at_least("top", top)
     at_least("max_bytes", max_bytes)
@@ -84,7 +87,10 @@ def screen(
         raise InputError("metric: a screen takes one; its estimates are of one gradient")
     cells = Cells(model, nodes, layers, positions, question.prompt_length)
     _check(cells, question)
-    estimates = _estimates(question, cells)
+    at_once = _pairs_at_once(question, cells, max_bytes)
+    one_of_each = (Row(0, 0, i, cells.positions[0], 0, ()) for i in range(len(cells.targets)))
+    Needs(question, cells.targets, one_of_each).groups(max_bytes)  # refused before the estimates are made
+    estimates = _estimates(question, cells, at_once)
     sizes = np.concatenate([np.abs(values).ravel() for values in estimates.values()])
     largest = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")[: min(top, int((~np.isnan(sizes)).sum()))]
     chosen = np.isin(np.arange(sizes.size), largest)
@@ -95,7 +101,15 @@ def screen(
         node, _, *cell = row.place
         return chosen[node][tuple(cell)]
 
-    true = Sweep(question, cells, max_bytes, wanted).until_done(progress)
+    sweep = Sweep(question, cells, max_bytes, wanted)
+    try:
+        return _screen(estimates, sweep.until_done(progress))
+    except Exception as problem:
+        true = problem.result if isinstance(problem, SweepError) else sweep.result()
+        raise SweepError(str(problem), _screen(estimates, true)) from problem.__cause__ or problem
+
+
+def _screen(estimates: dict[str, np.ndarray], true: PatchSweep) -> Screen:
     named = {
         name: values[0, 0].copy(data=estimates[name]).drop_vars(["metric", "pair"])
         for name, values in true.values.items()
@@ -111,13 +125,10 @@ def _check(cells: Cells, question: Question) -> None:
         raise InputError("positions: a screen estimates them one by one; give single positions")
 
 
-def _estimates(question: Question, cells: Cells) -> dict[str, np.ndarray]:
-    """Node -> estimated change of the metric's mean, [layer position], and unit where there are several; 0 after the
-    last reading."""
-    model, reads = question.model, list(question.all_reads)
-    pairs = torch.arange(question.pairs, device=model.device)
-    runs = (model(tokens)[:, reads].detach() for tokens in (question.base, question.source))
-    measure = Measure(question, *runs)
+def _estimates(question: Question, cells: Cells, at_once: int) -> dict[str, np.ndarray]:
+    """Node -> estimated change of the metric's mean over pairs, [layer position], and unit where there are several; 0
+    after the last reading."""
+    model, reads, measure = question.model, list(question.all_reads), Measure(question)
     positions = sorted(p for (p,) in cells.positions if p < question.length)
     found = []
     for of_node in cells.nodes:
@@ -125,23 +136,48 @@ def _estimates(question: Question, cells: Cells) -> dict[str, np.ndarray]:
         found.append(np.full(shape, np.nan))
         for target in of_node:
             found[-1][target.layer, :, : target.units] = 0.0
-    names = [target.name for target in cells.targets]
-    axes = {"T", *(target.axis for target in cells.targets if target.axis)}
+    axes = sorted({"T", *(target.axis for target in cells.targets if target.axis)})
     columns = [i for i, (p,) in enumerate(cells.positions) if p < question.length]
-    if columns:
+    order = [positions.index(cells.positions[i][0]) for i in columns]
+    names = [target.name for target in cells.targets]
+    for first in range(0, question.pairs, at_once):
+        some = question.some(first, at_once)
+        measure.add(first, *(record(model, tokens, {}, reads)[1] for tokens in (some.base, some.source)))
+        if not columns:
+            continue
+        pairs = torch.arange(first, first + some.pairs, device=model.device)
         result = attribution_patching(
-            model, question.source, question.base, lambda logits: measure(logits[:, reads], pairs)[0].mean(), names,
-            axes=sorted(axes), positions=positions,
-        )  # fmt: skip
-        order = [positions.index(cells.positions[i][0]) for i in columns]
+            model, some.source, some.base, _mean_share(measure, reads, pairs), names, axes=axes, positions=positions
+        )
         for n, of_node in enumerate(cells.nodes):
             for target in of_node:
-                found[n][target.layer, columns, : target.units] = _by_unit(result.estimates[target.name], target)[order]
+                share = _by_unit(result.estimates[target.name], target)[order]
+                found[n][target.layer, columns, : target.units] += share
     by_name = {of_node[0].node.name: values for of_node, values in zip(cells.nodes, found, strict=True)}
     return {
         name: values if of_node[0].axis else values[..., 0]
         for (name, values), of_node in zip(by_name.items(), cells.nodes, strict=True)
     }
+
+
+def _pairs_at_once(question: Question, cells: Cells, max_bytes: int) -> int:
+    """How many pairs are estimated together: there are values of both runs, zeros with a gradient and their gradients,
+    and logits of every position with theirs.
+
+    Raises:
+        InputError: ``max_bytes`` too small for one.
+    """
+    model, length = question.model, question.length
+    logits = 2 * length * model.config.d_vocab * model.dtype.itemsize
+    positions = [p for (p,) in cells.positions if p < length]
+    names = dict.fromkeys((target.name for target in cells.targets), positions)
+    need = Need(logits + 4 * values_bytes(model, names, length))
+    return room(question, max_bytes, need, f"screening {len(names)} hook points").pairs
+
+
+def _mean_share(measure: Measure, reads: list[int], pairs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What some pairs give to the metric's mean over all."""
+    return lambda logits: measure(logits[:, reads], pairs)[0].sum() / measure.question.pairs
 
 
 def _by_unit(estimate, target: Target) -> np.ndarray:

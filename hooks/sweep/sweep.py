@@ -8,7 +8,9 @@ the last position that the metrics read, need nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,11 +19,12 @@ from jambascope.errors import InputError
 from jambascope.hooks.intervals import at_least
 from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.engine import Engine
+from jambascope.hooks.sweep.memory import Needs, Room
 from jambascope.hooks.sweep.metrics import Metric
-from jambascope.hooks.sweep.nodes import Node, Target, needed, read_again, targets_of
+from jambascope.hooks.sweep.nodes import Node, targets_of
 from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
-from jambascope.hooks.sweep.question import Direction, Measure, Question, layers_of, listed, position
+from jambascope.hooks.sweep.question import Direction, Question, layers_of, listed, position
 from jambascope.hooks.sweep.recorded import Base, record
 from jambascope.hooks.sweep.result import PatchSweep
 from jambascope.hooks.sweep.running import Running
@@ -58,12 +61,14 @@ def patch_sweep(
         direction: "denoise" puts clean values into the corrupted run (is this enough?), "noise" the reverse (is this
             needed?).
         progress: a bar on a terminal; or a function of (share done, result so far), which returns False to stop.
-        max_bytes: of kept activations. The layers are swept in several goes where it is not enough for all.
+        max_bytes: of what is kept of both runs: streams, keys and values, states, the values that are patched, logits.
+            Pairs are swept in several goes where it is not enough for all, and layers where it is not for one pair.
 
     Raises:
         HookError: a node that no layer, or one of ``layers``, has.
         InputError: prompts of different lengths, positions or tokens that do not exist, a metric that is not finite,
-            hooks already attached, or ``max_bytes`` too small for one layer.
+            hooks already attached, or ``max_bytes`` too small for one pair in one layer.
+        SweepError: a metric that fails or is not finite at some cell; ``result`` has what was done by then.
     """
     at_least("max_bytes", max_bytes)
     question = Question.of(model, clean, corrupted, metric, direction)
@@ -115,8 +120,12 @@ class Sweep(Running):
     def __init__(
         self, question: Question, cells: Cells, max_bytes: int, wanted: Callable[[Row], bool] = lambda row: True
     ) -> None:
+        """
+        Raises:
+            InputError: ``max_bytes`` too small for one pair and one target.
+        """
         super().__init__(question)
-        self.cells, self.max_bytes = cells, max_bytes
+        self.cells = cells
         labels = [_label(positions) for positions in cells.positions]
         for of_node in cells.nodes:
             coords = {"layer": list(range(self.model.config.n_layers)), "position": labels}
@@ -124,7 +133,13 @@ class Sweep(Running):
                 coords[of_node[0].unit_name] = list(range(max(target.units for target in of_node)))
             self.add(of_node[0].node.name, coords)
         self._same_up_to = question.same_up_to
-        self.rows = [row for row in cells.rows(self._same_up_to) if wanted(row)]
+        rows = [row for row in cells.rows(self._same_up_to) if wanted(row)]
+        self.moving, self.still = (
+            _by_pair(filter(self._moves, rows)),
+            _by_pair(itertools.filterfalse(self._moves, rows)),
+        )
+        self.needs = Needs(question, cells.targets, itertools.chain(*self.moving.values()))
+        self.groups, self.rooms = self.needs.groups(max_bytes)
 
     def _moves(self, row: Row) -> bool:
         """Whether a patch can change anything that is read."""
@@ -135,72 +150,48 @@ class Sweep(Running):
         layers = self.model.config.n_layers - self.cells.targets[row.target].layer
         return (self.question.length - row.positions[0]) * layers
 
-    def _parts(self, moving: list[Row]) -> Iterator[list[Row]]:
-        """The rows in as many goes as the memory asks for: layers that are recorded together."""
-        used = {row.target for row in moving}
-        sizes = {i: self._bytes(self.cells.targets[i]) for i in used}
-        if moving and max(sizes.values()) > self.max_bytes // 2:
-            worst = max(sizes, key=sizes.__getitem__)
-            raise InputError(
-                f"max_bytes={self.max_bytes}: the values of {self.cells.targets[worst].name} alone are {sizes[worst]} "
-                "bytes, and half as many may be; give fewer positions or pairs at a time, or more bytes"
-            )
-        group, total = set(), 0
-        groups = [group]
-        for i in sorted(used, key=lambda i: self.cells.targets[i].layer):
-            if total + sizes[i] > self.max_bytes // 2:
-                group, total = set(), 0
-                groups.append(group)
-            group.add(i)
-            total += sizes[i]
-        for group in groups:
-            yield [row for row in moving if row.target in group]
-
-    def _bytes(self, target: Target) -> int:
-        """What is kept of both runs for a target."""
-        rows = {self.model.hook_rows[name] for name in needed(target)}
-        n = len({p for positions in self.cells.positions for p in positions if p < self.question.length})
-        size = sum(row.nbytes(self.model.config, self.question.pairs, 1, self.model.dtype) for row in rows)
-        return n * size * (2 if target.read_again else 1)
-
     def run(self) -> Iterator[float]:
         """Measure the rows that move anything; the others have the metrics of the base."""
-        question, moving = self.question, [row for row in self.rows if self._moves(row)]
-        done, work = 0, sum(map(self._cost, moving))
-        for first, part in enumerate(self._parts(moving)):
-            starts = starts_of(self.model, part, question.length, question.pairs, self.max_bytes // 2)
-            engine, source_logits = self._recorded(part, starts)
-            measure = Measure(question, engine.base.logits, source_logits)
-            if first == 0:
-                self.runs = measure.runs()
-                still = [row for row in self.rows if not self._moves(row)]
-                self.write(still, self.base[:, [row.pair for row in still]])
-                yield 0.0 if moving else 1.0
-            for batch in self.measure(engine, measure, part):
-                done += sum(map(self._cost, batch))
-                yield done / work
+        done, work = 0, sum(self._cost(row) for rows in self.moving.values() for row in rows)
+        n = min(room.pairs for room in self.rooms)
+        for first in range(0, self.question.pairs, n):
+            some = self.question.some(first, n)
+            pairs = range(first, first + some.pairs)
+            moving = [_shifted(row, first) for pair in pairs for row in self.moving.get(pair, ())]
+            still = [row for pair in pairs for row in self.still.get(pair, ())]
+            for i, (group, room) in enumerate(zip(self.groups, self.rooms, strict=True)):
+                rows = [row for row in moving if row.target in group]
+                if rows or not i:
+                    engine, source_logits = self._recorded(some, group, rows, room)
+                    self.ends(first, engine.base, source_logits)
+                    self.write(still, self.runs_of_base[:, [row.pair for row in still]])
+                    yield done / work if work else 1.0
+                    for batch in self.batches(engine, rows):
+                        done += sum(map(self._cost, batch))
+                        yield done / work
+                    del engine  # before the next is recorded beside it
 
-    def _recorded(self, rows: list[Row], starts: list[int]) -> tuple[Engine, torch.Tensor]:
-        """Both runs, with what the rows need of them."""
-        question, config = self.question, self.model.config
-        of_source: dict[str, set[int]] = {}
-        of_base: dict[str, set[int]] = {}
-        for row in rows:
-            target = self.cells.targets[row.target]
-            for name in needed(target):
-                of_source.setdefault(name, set()).update(row.positions)
-            for name, positions in read_again(target, row.positions, question.length, config.d_conv).items():
-                of_base.setdefault(name, set()).update(positions)
-        reads = question.all_reads
-        source, source_logits = record(self.model, question.source, _sorted(of_source), reads)
-        lowest = min((self.cells.targets[row.target].layer for row in rows), default=config.n_layers - 1)
-        layers = range(lowest, config.n_layers)
-        base = Base.record(self.model, question.base, reads, starts, layers, _sorted(of_base))
+    def _recorded(
+        self, question: Question, group: Sequence[int], rows: Sequence[Row], room: Room
+    ) -> tuple[Engine, torch.Tensor]:
+        """Both runs of some pairs, with what the rows need of them."""
+        reads, needs = question.all_reads, self.needs
+        starts = starts_of(self.model, {row.positions[0] for row in rows}, len(rows), question.length, room.states)
+        source, source_logits = record(self.model, question.source, needs.of_source(group), reads)
+        base = Base.record(self.model, question.base, reads, starts, needs.layers(group), needs.of_base(group))
         return Engine(self.model, self.cells.targets, base, source, reads), source_logits
 
 
-def _sorted(wanted: dict[str, set[int]]) -> dict[str, list[int]]:
-    return {name: sorted(positions) for name, positions in wanted.items()}
+def _by_pair(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.pair, []).append(row)
+    return found
+
+
+def _shifted(row: Row, first: int) -> Row:
+    """A row among those of pairs from ``first`` on."""
+    return replace(row, pair=row.pair - first, source=row.source - first) if first else row
 
 
 def _label(positions: tuple[int, ...]) -> int | str:

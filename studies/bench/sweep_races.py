@@ -49,6 +49,12 @@ def positions(length: int) -> range:
     return range(0, length, -(-depth(length) * length // MOST_CELLS))
 
 
+def where(length: int) -> str:
+    """What is patched: layers x positions."""
+    step = positions(length).step
+    return f"{depth(length)} layers x {length} positions" + (f", every {step}th" if step > 1 else "")
+
+
 def sample(length: int) -> pd.DataFrame:
     """The cells of the loops, by layer and position."""
     at, layers = positions(length), depth(length)
@@ -122,6 +128,7 @@ def sweep_products(model: HookedJamba, tokens: torch.Tensor, cells: Sequence[int
 
 
 SWEEP = Race(
-    "sweep", "Patching the stream at every layer and position", sweep_sides, bounds=(PRODUCTS,), lengths=LENGTHS,
-    d_models=(128,), one_row=True, quantity="ms per cell", patience=30, opt_in=True,
+    "sweep", "Patching the stream before every layer: " + "; ".join(map(where, LENGTHS)), sweep_sides,
+    bounds=(PRODUCTS,), lengths=LENGTHS, d_models=(128,), one_row=True, quantity="ms per cell", patience=30,
+    opt_in=True,
 )  # fmt: skip

@@ -118,7 +118,10 @@ def test_products_of_a_sweep_are_those_of_its_cells(lab):
 def test_longer_prompts_are_patched_at_fewer_positions():
     for length in sweep_races.LENGTHS:
         assert sweep_races.depth(length) * len(sweep_races.positions(length)) == sweep_races.MOST_CELLS
-    assert [sweep_races.depth(length) for length in sweep_races.LENGTHS] == [8, 32]
+    sizes = ["8 layers x 64 positions", "32 layers x 256 positions, every 16th"]
+    assert [sweep_races.where(length) for length in sweep_races.LENGTHS] == sizes
+    assert all(size in sweep_races.SWEEP.title for size in sizes)
+    assert [t.lengths for t in targets.TARGETS if t.race == "sweep" and t.kind == "times faster"] == [(64,)]
     index = sweep_races.sample(256)
     assert index["layer"].nunique() == index["pos"].nunique() == len(index) == sweep_races.SAMPLE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -26,6 +27,10 @@ from jambascope.hooks.sweep import (
 )
 from jambascope.hooks.sweep.engine import Engine
 from jambascope.initialization import initialize
+from jambascope.kernels import rms_norm
+from jambascope.kernels.causal_conv import cpu as conv
+from jambascope.kernels.experts import cpu as experts
+from jambascope.kernels.selective_scan import cpu as scan
 
 LENGTH = 6
 DIFFERENCE = logit_difference(5, [6, 7])
@@ -94,6 +99,7 @@ NODES = {
     "groups of one read-out": Node("ssm_read", channels=5),
     "groups of the stream": Node("resid_pre", channels=6),
     "groups of y": Node("y", channels=32),
+    "groups of B": Node("mixer.hook_B", channels=3),
     "all heads together": Node("z", by=None),
     "router weight by expert": Node("expert_weights", by="expert"),
     "dt": "dt",
@@ -184,6 +190,53 @@ def test_in_float32_it_is_as_near_as_the_loop(small_model):
     assert off[0] <= 2 * off[1] + 1e-6
 
 
+CHANNELS = [
+    *("x", "dt", "mixer.hook_B", "mixer.hook_C", "gate", "in_proj", "conv", "mixer.hook_z", "conv_state", "hook_pre"),
+    *("pre_linear", "post", "attn_out", "mixer_out", "mlp_out", "resid_mid", "resid_post", "ln1.hook_normalized"),
+]
+OPTIONS = [
+    *(Node(component, channels=3 if component in ("mixer.hook_B", "mixer.hook_C") else 13) for component in CHANNELS),
+    *(Node("ssm_state", window=window, conv=conv) for window in (None, 1, 2) for conv in (False, True)),
+    *(Node("ssm_state", channels=20, window=window, conv=conv) for window in (None, 2) for conv in (False, True)),
+    *(Node(component, by="expert") for component in ("router_logits", "expert_weights", "expert_out")),
+    *(Node(component, by="head") for component in ("q", "k", "v", "attn.hook_z", "pattern", "attn_scores", "result")),
+    *(Node(component, by=None) for component in ("q", "pattern", "attn.hook_z", "router_logits", "expert_weights")),
+]
+
+
+@functools.cache
+def in_float32() -> HookedJamba:
+    """A little hybrid whose layers run in compiled kernels."""
+    shape = dict(d_model=16, d_vocab=29, n_heads=2, n_key_value_heads=1, d_head=8, d_mlp=20, num_experts=3, d_state=4)
+    torch.manual_seed(2)
+    config = JambaConfig(mixers=("mamba", "attention"), feed_forwards=("moe", "dense"), d_inner=32, dt_rank=2, **shape)
+    model = HookedJamba(config)
+    initialize(model, std=0.3)
+    return model.eval()
+
+
+EVERY_NODE = [*map(Node, tails(in_float32())), *OPTIONS]
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("node", EVERY_NODE, ids=[node.name for node in EVERY_NODE])
+def test_every_node_in_float32_is_patched_as_the_loop_does(node, direction):
+    model, cells = in_float32(), [(2,), (5,)] if direction == "denoise" else [(3, 5)]
+    expected, found = naive(model, node, cells, direction), swept(model, node, cells, direction=direction)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    base = read(model(pairs()[direction == "denoise"])).detach().numpy()
+    assert np.nanmax(abs(expected - base[:, None, None, None])) > 1e-3  # there is something to find
+
+
+def test_in_float32_layers_run_in_compiled_kernels(monkeypatch):
+    called = set()
+    for module, name in ((scan, "selective_scan"), (conv, "_prepared"), (experts, "_few"), (rms_norm, "_over_rows")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=original, n=name, **k: called.add(n) or f(*a, **k))
+    swept(in_float32(), "resid_pre", [1])
+    assert called == {"selective_scan", "_prepared", "_few", "_over_rows"}
+
+
 def test_what_comes_before_the_first_difference_or_after_the_last_reading_costs_nothing(model_of_kind, monkeypatch):
     model = model_of_kind("hybrid")
     clean, corrupted = pairs()
@@ -217,18 +270,6 @@ def test_reading_several_positions_and_metrics(model_of_kind):
         found.corrupted.sel(metric="kl_divergence").values,
         ((clean_log.exp() * (clean_log - corrupted_log)).sum(-1)).detach().numpy(),
     )
-
-
-def test_little_memory_gives_the_same(model_of_kind):
-    model = model_of_kind("hybrid")
-    options = dict(nodes=["ssm_state", "resid_pre"], positions=None, progress=False)
-    whole = patch_sweep(model, *pairs(), DIFFERENCE, **options)
-    size = 2 * LENGTH * 32 * 4 * 8  # of the states of a layer
-    little = patch_sweep(model, *pairs(), DIFFERENCE, **options, max_bytes=2 * size)
-    for name in whole.values:
-        close(whole.values[name].values, little.values[name].values)
-    with pytest.raises(InputError, match="hook_ssm_state alone are .* give fewer positions"):
-        patch_sweep(model, *pairs(), DIFFERENCE, **options, max_bytes=size)
 
 
 def test_a_whole_patch_is_one_and_a_pair_that_does_not_differ_has_no_share(model_of_kind):

@@ -36,7 +36,7 @@ def sent(model, label, source, base):
     return int(layer), component, Patch.from_cache(model, source, component, int(layer))
 
 
-def by_hand(model, sender, receiver, source, base, through):
+def by_hand(model, sender, receiver, source, base, through, prompts):
     """One path: what reaches the receiver with all else frozen, patched into a run of its own."""
     layer, component, patch = sent(model, sender, source, base)
     frozen = []
@@ -47,20 +47,22 @@ def by_hand(model, sender, receiver, source, base, through):
         if feed != "none" and not (i == layer and component == "mlp_out") and through == "stream":
             frozen.append(Patch.from_cache(model, base, "mlp_out", i))
     if receiver == "logits":
-        return run(model, CORRUPTED, [*frozen, patch]).logits
+        return run(model, prompts, [*frozen, patch]).logits
     at, point, *unit = receiver[1:].split(" ")
     tail = {"in_proj": "mixer.hook_in_proj", "mlp_out": "hook_mlp_out"}.get(point, f"attn.hook_{point}")
     name = f"blocks.{at}.{tail}"
     if point == "mlp_out":
         frozen = [f for f in frozen if (f.component, f.layer) != ("mlp_out", int(at))]
-    seen = run(model, CORRUPTED, [*frozen, patch], capture=[name]).cache
+    seen = run(model, prompts, [*frozen, patch], capture=[name]).cache
     heads = {"heads": int(unit[0])} if unit else {}
-    return run(model, CORRUPTED, [Patch.from_cache(model, seen, tail, int(at), **heads)]).logits
+    return run(model, prompts, [Patch.from_cache(model, seen, tail, int(at), **heads)]).logits
 
 
-def naive(model, labels, receivers, through):
+def naive(model, labels, receivers, through, direction="denoise"):
     """[pair sender receiver], NaN where the receiver is the sender itself."""
-    source, base = caches(model)
+    source, base, prompts = *caches(model), CORRUPTED
+    if direction == "noise":
+        source, base, prompts = base, source, CLEAN
     found = np.full((2, len(labels), len(receivers)), np.nan)
     for i, sender in enumerate(labels):
         for j, receiver in enumerate(receivers):
@@ -68,22 +70,29 @@ def naive(model, labels, receivers, through):
                 sender.split(" ")[:2],
                 [sender.split(" ")[0], "mlp_out"] * ("expert" in sender),
             ):
-                logits = by_hand(model, sender, receiver, source, base, through)[:, -1].detach()
+                logits = by_hand(model, sender, receiver, source, base, through, prompts)[:, -1].detach()
                 found[:, i, j] = logits[:, 5] - logits[:, 6]
     return found
 
 
 @pytest.mark.parametrize(
-    ("kind", "through"),
-    [("hybrid", "stream"), ("mamba2", "feed_forwards"), ("no-moe", "stream"), ("one-slot", "feed_forwards")],
+    ("kind", "through", "direction"),
+    [
+        ("hybrid", "stream", "denoise"),
+        ("mamba2", "feed_forwards", "noise"),
+        ("no-moe", "stream", "noise"),
+        ("one-slot", "feed_forwards", "denoise"),
+    ],
 )
-def test_every_path_is_what_three_runs_give(kind, through, model_of_kind, monkeypatch):
+def test_every_path_is_what_three_runs_give(kind, through, direction, model_of_kind, monkeypatch):
     monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 32)
     model = model_of_kind(kind)
     senders = ["z", "mixer_out", "mlp_out"] + ["expert_out"] * ("moe" in model.config.feed_forwards)
-    found = path_patch(model, CLEAN, CORRUPTED, DIFFERENCE, senders, through=through, progress=False)
+    found = path_patch(
+        model, CLEAN, CORRUPTED, DIFFERENCE, senders, through=through, direction=direction, progress=False
+    )
     values = found.values["paths"].sel(metric="logit_difference")
-    expected = naive(model, values.sender.values, values.receiver.values, through)
+    expected = naive(model, values.sender.values, values.receiver.values, through, direction)
     there = values.notnull().values
     np.testing.assert_allclose(values.values[there], expected[there], rtol=1e-9, atol=1e-9)
     others = ~there & ~np.isnan(expected)  # what is left out could not matter
