@@ -228,7 +228,7 @@ def _maps(
             maps.rule_of(asked, shown) + drawn.note,
             drawn.values,
             drawn.rows,
-            maps.cells_of_map(drawn, kind, asked),
+            None if cell is None else maps.cells_of_map(drawn, kind, asked),
             results.both_texts(view, other)[asked.positions[0] : asked.positions[1] + 1],
             asked.positions[0],
             maps.unit_of(asked, shown),

@@ -68,11 +68,11 @@ def test_maps_a_click_and_a_link(open_page, model):
     for node in ("resid_pre", "mixer_out"):
         wanted = effects(model, node)
         expect_heat(page, f"map_{node}", np.nan_to_num(wanted[np.isfinite(wanted).any(1)]), atol=2e-3)
-    click_cell(page, "map_resid_pre", FIRST + 1, 5)
-    expect_query(page, cell_node="resid_pre", cell_layer="5", cell_position=str(FIRST + 1))
+    click_cell(page, "map_resid_pre", FIRST, 2)
+    expect_query(page, cell_node="resid_pre", cell_layer="2", cell_position=str(FIRST))
     found = sweep(model)
-    value = float(found.values["resid_pre"].sel(layer=5, position=FIRST + 1)[0, 0])
-    expect(figure(page, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 5")
+    value = float(found.values["resid_pre"].sel(layer=2, position=FIRST)[0, 0])
+    expect(figure(page, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 2")
     expect(figure(page, "patched_tokens").locator(".gsubtitle, .gtitle-subtitle")).to_contain_text(
         f"patched {value:.3g}"
     )
@@ -82,7 +82,7 @@ def test_maps_a_click_and_a_link(open_page, model):
     expect_numbers(page, "patched_table", 1, [float(f"{shares[i]:.3g}") for i in ids])
     again = open_page("patching", fresh=True)
     again.goto(page.url)
-    expect(figure(again, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 5")
+    expect(figure(again, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 2")
     expect_heat(again, "map_resid_pre", np.nan_to_num(heat(page, "map_resid_pre")))
     assert query(again) == query(page)
     no_exception(page)
@@ -91,7 +91,7 @@ def test_maps_a_click_and_a_link(open_page, model):
 
 def test_what_is_asked_can_be_changed(open_page, model):
     page = open_page("patching", model=PACKAGED, prompt=CLEAN, corrupted=CORRUPTED, patch_nodes="resid_pre")
-    page.get_by_role("radio", name="noise").click()
+    page.get_by_role("radio", name="noise", exact=True).click()
     wanted = effects(model, direction="noise")
     expect_heat(page, "map_resid_pre", np.nan_to_num(wanted), atol=2e-3)
     page.get_by_role("radio", name="raw value").click()
