@@ -32,6 +32,8 @@ CLEAN = "map : stone river , leaf mud , moss pine ; leaf ->"
 CORRUPTED = "map : stone river , leaf mud , moss pine ; stone ->"
 FIRST = 12
 """Where they part."""
+WAIT = 60_000
+"""For the first sweep of a server, which may have kernels to compile."""
 
 
 def corrupt(page: Page, text: str) -> None:
@@ -65,6 +67,7 @@ def click_cell(page: Page, key: str, position: int, layer: int) -> None:
 def test_maps_a_click_and_a_link(open_page, model):
     page = open_page("patching", model=PACKAGED, prompt=CLEAN, corrupted=CORRUPTED)
     expect(page.locator(".aligned .other")).to_have_text(re.compile("leafstone"))
+    figure(page, "map_resid_pre").wait_for(timeout=WAIT)
     for node in ("resid_pre", "mixer_out"):
         wanted = effects(model, node)
         expect_heat(page, f"map_{node}", np.nan_to_num(wanted[np.isfinite(wanted).any(1)]), atol=2e-3)
@@ -134,7 +137,11 @@ def test_a_long_sweep_fills_in_and_can_be_stopped(open_page):
     page = open_page("patching", prompt=" ".join(ids), corrupted=other)
     page.get_by_role("button", name="Patch every cell").click()
     page.get_by_role("button", name="Stop").wait_for()
-    eventually(page, lambda: np.testing.assert_array_less(0, np.isfinite(heat(page, "map_resid_pre")).sum()))
+    figure(page, "map_resid_pre").wait_for(timeout=WAIT)
+    for _ in range(WAIT // 200):
+        if np.isfinite(heat(page, "map_resid_pre")).any():
+            break
+        page.wait_for_timeout(200)
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Runs").click()
     expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Patching").click()
@@ -151,7 +158,7 @@ def test_a_run_is_saved_and_opened(open_page, runs_root):
     page.get_by_text("Save as a study run").first.click()
     page.get_by_role("button", name="Save as a study run").click()
     link = page.get_by_role("link", name="open it on the Runs page")
-    link.wait_for(timeout=60_000)
+    link.wait_for(timeout=WAIT)
     (path,) = runs_root.glob("activation_patching-*")
     spec = read(path)[2]
     assert (spec.clean, spec.corrupted, spec.answer, spec.wrong) == (CLEAN, CORRUPTED, "mud", "river")

@@ -81,8 +81,9 @@ def _same(found: list[str], wanted: list[str]) -> None:
 def test_the_list_is_searched_and_shows_what_is_wrong(open_page, kept):
     page = open_page("runs")
     eventually(page, lambda: _all_there(cells(page, "run_list", 0), kept))
-    page.get_by_label("Search", exact=True).fill("half")
-    page.get_by_label("Search", exact=True).press("Enter")
+    search = page.get_by_role("textbox", name="Search")
+    search.fill("half")
+    search.press("Enter")
     eventually(page, lambda: _same(cells(page, "run_list", 0), ["half deleted"]))
     choose(page, "Run", "half deleted")
     expect(page.get_by_test_id("stAlert")).to_contain_text("has no spec.json, so it is no run, or half deleted")
