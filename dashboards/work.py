@@ -27,6 +27,8 @@ from jambascope.errors import JambascopeError
 KEPT = 64
 """Finished results of all sessions."""
 POLL_SECONDS = 0.4
+DRAW_SECONDS = 2.0
+"""What is known so far is drawn anew so often: figures take a browser longer than a bar."""
 GRACE_SECONDS = 0.3
 """What takes no longer than this needs no bar."""
 
@@ -176,7 +178,9 @@ def result(
     if job is None:
         return None
     if not job.over and not job.wait(GRACE_SECONDS):
-        _progress(job, draw)
+        _progress(job)
+        if draw is not None:
+            _so_far(job, draw)
         return None
     if wanted and job.problem is not None:
         st.rerun()  # which tells it
@@ -205,7 +209,7 @@ def _wanted_anew(job: Job, start: str, slot: str) -> bool:
 
 
 @st.fragment(run_every=POLL_SECONDS)
-def _progress(job: Job, draw: Callable[[Any], None] | None) -> None:
+def _progress(job: Job) -> None:
     if job.over:
         st.rerun()
     left = job.seconds_left()
@@ -214,5 +218,9 @@ def _progress(job: Job, draw: Callable[[Any], None] | None) -> None:
     bar.progress(job.share, text=widgets.plain(" · ".join(word for word in words if word)))
     if button.button("Stop", key=f"{job.key[0]} stop", icon=":material/stop:"):
         job.stop()
-    if draw is not None and job.value is not None:
+
+
+@st.fragment(run_every=DRAW_SECONDS)
+def _so_far(job: Job, draw: Callable[[Any], None]) -> None:
+    if job.value is not None:
         draw(job.value)

@@ -166,12 +166,13 @@ def _range(title: str, key: str, last: int, first: int = 0) -> tuple[int, int]:
     return st.slider(title, 0, last, (first, last), key=key, bind="query-params")
 
 
-def _select(title: str, options: list, key: str, default: Any = None, names: Any = str) -> Any:
+def _select(title: str, options: list, key: str, default: Any = None, help: str | None = None) -> Any:
     """One of many in a list, kept in the URL; what is left over from another question becomes the default."""
     default = options[0] if default not in options else default
     if st.session_state.get(key, default) not in options:
         st.session_state[key] = default
-    return st.selectbox(title, options, options.index(default), key=key, bind="query-params", format_func=names)
+    at = options.index(default)
+    return st.selectbox(title, options, at, key=key, bind="query-params", format_func=str, help=help)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------
@@ -186,9 +187,10 @@ def _display(view: View, asked: Asked) -> tuple[str, str | int]:
     if units == 1:
         return shown, maps.EACH
     with right:
-        options = [maps.EACH, maps.LARGEST, *map(str, range(units))]
-        names = {maps.EACH: "a row for each", maps.LARGEST: "the largest at each place"}
-        heads = _select("Heads and experts", options, "patch_heads", names=lambda o: names.get(o, f"number {o}"))
+        help = "Each in a row of its own; the largest effect at each place; or one by its number."
+        heads = _select(
+            "Heads and experts", [maps.EACH, maps.LARGEST, *map(str, range(units))], "patch_heads", help=help
+        )
     return shown, int(heads) if heads.isdecimal() else heads
 
 
@@ -228,7 +230,7 @@ def _maps(
             maps.rule_of(asked, shown) + drawn.note,
             drawn.values,
             drawn.rows,
-            maps.cells_of_map(drawn, kind, asked),
+            None if cell is None else maps.cells_of_map(drawn, kind, asked),
             results.both_texts(view, other)[asked.positions[0] : asked.positions[1] + 1],
             asked.positions[0],
             maps.unit_of(asked, shown),
@@ -267,8 +269,11 @@ def _choose_cell(view: View, other: View, asked: Asked, top: list[Cell]) -> Cell
     texts = results.both_texts(view, other)
     with columns[2]:
         positions = list(range(asked.positions[0], asked.positions[1] + 1))
-        names = lambda p: f"{p} {texts[p]}"  # noqa: E731
-        position = _select("Cell: position", positions, "cell_position", first.position, names)
+        at = st.session_state.get(
+            "cell_position", widgets.number_of_link("cell_position", positions[-1], first.position)
+        )
+        token = widgets.plain(texts[at if at in positions else first.position])
+        position = _select(f"Cell: position, token “{token}”", positions, "cell_position", first.position)
     if targets[layer].units == 1:
         return Cell(kind, layer, position)
     with columns[3]:

@@ -76,7 +76,7 @@ def cell_map(
     subtitle: str,
     values: Float[np.ndarray, "rows positions"],
     rows: Sequence[str],
-    cells: Sequence[Sequence[Sequence]],
+    cells: Sequence[Sequence[Sequence]] | None,
     tokens: Sequence[str],
     start: int = 0,
     unit: str = "effect (share of 1)",
@@ -90,7 +90,7 @@ def cell_map(
 
     Args:
         rows: names of the rows, bottom first.
-        cells: [row][position]: what a click on that cell reports.
+        cells: [row][position]: what a click on that cell reports; None where there is nothing to click.
         tokens: those of the positions shown, the first of which is ``start``.
         signed: False for what is never negative.
         chosen: row and column (before pooling) of a cell that gets a frame.
@@ -107,20 +107,28 @@ def cell_map(
     ]
     ground = {"colorscale": SIGNED if signed else AMOUNT, "zmin": -limit if signed else 0, "zmax": limit}
     fig = go.Figure(
-        go.Heatmap(z=values, x=x, text=hover, hoverinfo="skip", colorbar=color_bar(unit), **gaps(block), **ground)
+        go.Heatmap(
+            z=values,
+            x=x,
+            text=hover,
+            hovertemplate="%{text}<extra></extra>",
+            hoverongaps=False,
+            colorbar=color_bar(unit),
+            **gaps(block),
+            **ground,
+        )
     )
-    known = np.argwhere(np.isfinite(values)).tolist()
-    custom = [cells[r][at[r][c]] for r, c in known]
-    each = max(18, min(28, 560 // len(rows)))
-    targets = click_targets(
-        [x[c] for _, c in known], [r for r, _ in known], custom, [hover[r][c] for r, c in known], 14
-    )
-    fig.add_trace(targets)
+    if cells is not None:
+        known = np.argwhere(np.isfinite(values)).tolist()
+        custom = [cells[r][at[r][c]] for r, c in known]
+        places = [x[c] for _, c in known], [r for r, _ in known]
+        fig.add_trace(click_targets(*places, custom, [hover[r][c] for r, c in known], 14))
     if chosen is not None:
         r, c = chosen[0], start + chosen[1] // block * block + (block - 1) / 2
         half = block / 2
         line = {"color": SELECTED, "width": 2.5}
         fig.add_shape(type="rect", x0=c - half, x1=c + half, y0=r - 0.5, y1=r + 0.5, line=line)
+    each = max(18, min(28, 560 // len(rows)))
     frame(fig, title, subtitle, height=215 + max(90, each * len(rows)), plot_bgcolor=BLANK)
     fig.update_xaxes(token_axis(tokens, start, "patched token (position)", room=40))
     axis = integer_axis(range(len(rows)), row_title)

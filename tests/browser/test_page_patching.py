@@ -32,6 +32,8 @@ CLEAN = "map : stone river , leaf mud , moss pine ; leaf ->"
 CORRUPTED = "map : stone river , leaf mud , moss pine ; stone ->"
 FIRST = 12
 """Where they part."""
+WAIT = 60_000
+"""For the first sweep of a server, which may have kernels to compile."""
 
 
 def corrupt(page: Page, text: str) -> None:
@@ -65,14 +67,15 @@ def click_cell(page: Page, key: str, position: int, layer: int) -> None:
 def test_maps_a_click_and_a_link(open_page, model):
     page = open_page("patching", model=PACKAGED, prompt=CLEAN, corrupted=CORRUPTED)
     expect(page.locator(".aligned .other")).to_have_text(re.compile("leafstone"))
+    figure(page, "map_resid_pre").wait_for(timeout=WAIT)
     for node in ("resid_pre", "mixer_out"):
         wanted = effects(model, node)
         expect_heat(page, f"map_{node}", np.nan_to_num(wanted[np.isfinite(wanted).any(1)]), atol=2e-3)
-    click_cell(page, "map_resid_pre", FIRST + 1, 5)
-    expect_query(page, cell_node="resid_pre", cell_layer="5", cell_position=str(FIRST + 1))
+    click_cell(page, "map_resid_pre", FIRST, 2)
+    expect_query(page, cell_node="resid_pre", cell_layer="2", cell_position=str(FIRST))
     found = sweep(model)
-    value = float(found.values["resid_pre"].sel(layer=5, position=FIRST + 1)[0, 0])
-    expect(figure(page, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 5")
+    value = float(found.values["resid_pre"].sel(layer=2, position=FIRST)[0, 0])
+    expect(figure(page, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 2")
     expect(figure(page, "patched_tokens").locator(".gsubtitle, .gtitle-subtitle")).to_contain_text(
         f"patched {value:.3g}"
     )
@@ -82,7 +85,7 @@ def test_maps_a_click_and_a_link(open_page, model):
     expect_numbers(page, "patched_table", 1, [float(f"{shares[i]:.3g}") for i in ids])
     again = open_page("patching", fresh=True)
     again.goto(page.url)
-    expect(figure(again, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 5")
+    expect(figure(again, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 2")
     expect_heat(again, "map_resid_pre", np.nan_to_num(heat(page, "map_resid_pre")))
     assert query(again) == query(page)
     no_exception(page)
@@ -91,7 +94,7 @@ def test_maps_a_click_and_a_link(open_page, model):
 
 def test_what_is_asked_can_be_changed(open_page, model):
     page = open_page("patching", model=PACKAGED, prompt=CLEAN, corrupted=CORRUPTED, patch_nodes="resid_pre")
-    page.get_by_role("radio", name="noise").click()
+    page.get_by_role("radio", name="noise", exact=True).click()
     wanted = effects(model, direction="noise")
     expect_heat(page, "map_resid_pre", np.nan_to_num(wanted), atol=2e-3)
     page.get_by_role("radio", name="raw value").click()
@@ -134,7 +137,11 @@ def test_a_long_sweep_fills_in_and_can_be_stopped(open_page):
     page = open_page("patching", prompt=" ".join(ids), corrupted=other)
     page.get_by_role("button", name="Patch every cell").click()
     page.get_by_role("button", name="Stop").wait_for()
-    eventually(page, lambda: np.testing.assert_array_less(0, np.isfinite(heat(page, "map_resid_pre")).sum()))
+    figure(page, "map_resid_pre").wait_for(timeout=WAIT)
+    for _ in range(WAIT // 200):
+        if np.isfinite(heat(page, "map_resid_pre")).any():
+            break
+        page.wait_for_timeout(200)
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Runs").click()
     expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Patching").click()
@@ -151,7 +158,7 @@ def test_a_run_is_saved_and_opened(open_page, runs_root):
     page.get_by_text("Save as a study run").first.click()
     page.get_by_role("button", name="Save as a study run").click()
     link = page.get_by_role("link", name="open it on the Runs page")
-    link.wait_for(timeout=60_000)
+    link.wait_for(timeout=WAIT)
     (path,) = runs_root.glob("activation_patching-*")
     spec = read(path)[2]
     assert (spec.clean, spec.corrupted, spec.answer, spec.wrong) == (CLEAN, CORRUPTED, "mud", "river")
