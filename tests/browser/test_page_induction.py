@@ -101,12 +101,6 @@ def test_a_long_ablation_can_be_stopped(open_page):
     no_exception(page)
 
 
-def test_a_model_without_attention_says_where_to_look(open_page):
-    page = open_page("induction", model="mamba-micro", prompt=PROMPT)
-    expect(page.get_by_text("This model has no attention layers, so it has no heads to score")).to_be_visible()
-    no_exception(page)
-
-
 def test_a_checkpoint_of_many_sizes_opens(open_page, bare_checkpoint):
     page = open_page("induction", prompt="5 17 3 5 17")
     expect(figure(page, "score_map")).to_contain_text("head (index)")
