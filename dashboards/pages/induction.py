@@ -23,12 +23,18 @@ HIGHEST = "highest score"
 MOST_SHOWN = 12
 COUNTS = (1, 2, 4, 8, 16)
 DRAWS = 20
+WHAT = {
+    "clean": "the model as it is",
+    "effect": "change without the heads",
+    "random_effect": "change without random heads",
+    "difference": "the heads less random ones",
+}
 MEANINGS = {
     "induction": "attention to what followed the current token before",
     "previous token": "attention to the token before",
     "duplicate": "attention to earlier places of the same token",
-    results.OV: "sum of eigenvalues over the sum of their sizes, of what the head's weights do to a token",
-    results.LOGIT: "of the logits that the head raises, the share of the tokens attended to, as 2 share - 1",
+    results.OV: "whether its weights raise the token they read (eigenvalues)",
+    results.LOGIT: "of the logits it raises, those of tokens attended to",
 }
 
 SHORT = {
@@ -201,7 +207,7 @@ def _table(view: View, order: list[Head], random: dict[str, Score], prompt: dict
     for name in prompt:
         about = f"{name} on this prompt: {MEANINGS[name]}"
         columns[f"{name}, prompt"] = number(f"Prompt {SHORT[name]}", format="%.3f", help=about)
-    widgets.table(rows, "head_scores", columns, height=min(35 * (len(rows) + 1) + 3, 318))
+    widgets.table(rows, "head_scores", columns, height=318 if len(rows) > 8 else "auto")
 
 
 # -- one head --------------------------------------------------------------------------------------------------
@@ -291,9 +297,16 @@ def _effects(found: dict[str, HeadAblation]) -> None:
         widgets.show(fig, "ablation_accuracy")
     st.markdown(f"{_sentence('loss', found['loss'], 'nats')} {_sentence('loss_before', found['loss_before'], 'nats')}")
     number = st.column_config.NumberColumn
-    rows = [{"measure": results.FIELDS[field]} | row for field, one in found.items() for row in one.rows()]
-    columns = {key: number(format="%.3f") for key in ("mean", "low", "high", "p_value")}
-    widgets.table(rows, "ablation_rows", columns)
+    rows = [
+        {"measure": results.FIELDS[field]} | row | {"what": WHAT[row["what"]]}
+        for field, one in found.items()
+        for row in one.rows()
+    ]
+    columns = {"measure": st.column_config.TextColumn("Measure"), "what": st.column_config.TextColumn("What")}
+    titles = {"mean": "Mean", "low": "Low", "high": "High", "p_value": "p"}
+    columns |= {key: number(title, format="%.3f") for key, title in titles.items()}
+    columns["n"] = number("Sequences")
+    widgets.table(rows, "ablation_rows", columns, height="content")
 
 
 def _points(field: str, found: HeadAblation) -> list[Effect]:

@@ -44,11 +44,11 @@ def patterns(model) -> dict[str, np.ndarray]:
 
 
 def bars(page: Page, key: str) -> list[float]:
-    return figure(page, key).evaluate("e => Array.from(e._fullData[0].x)")
+    return figure(page, key).evaluate("e => Array.from(e._fullData?.[0]?.x ?? [])")
 
 
 def badges(page: Page) -> list[str]:
-    return figure(page, "head_grid").evaluate("e => Array.from(e._fullData[2]?.text ?? [])")
+    return figure(page, "head_grid").evaluate("e => Array.from(e._fullData?.[2]?.text ?? [])")
 
 
 def test_attention_follows_prompt_selection_and_click(open_page, model, patterns):
