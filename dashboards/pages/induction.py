@@ -19,15 +19,22 @@ from jambascope.studies.figures.heads import Effect, effects, score_map
 from jambascope.studies.figures.theme import MAX_NAMED_TOKENS
 
 RANDOM, PROMPT = "random tokens", "this prompt"
+HIGHEST = "highest score"
 MOST_SHOWN = 12
 COUNTS = (1, 2, 4, 8, 16)
 DRAWS = 20
+WHAT = {
+    "clean": "the model as it is",
+    "effect": "change without the heads",
+    "random_effect": "change without random heads",
+    "difference": "the heads less random ones",
+}
 MEANINGS = {
     "induction": "attention to what followed the current token before",
     "previous token": "attention to the token before",
     "duplicate": "attention to earlier places of the same token",
-    results.OV: "sum of eigenvalues over the sum of their sizes, of what the head's weights do to a token",
-    results.LOGIT: "of the logits that the head raises, the share of the tokens attended to, as 2 share - 1",
+    results.OV: "whether its weights raise the token they read (eigenvalues)",
+    results.LOGIT: "of the logits it raises, those of tokens attended to",
 }
 
 SHORT = {
@@ -49,7 +56,7 @@ def page(view: View) -> None:
             icon=":material/info:",
         )
         return
-    name, source, drawn = _settings(view)
+    name, source, drawn, chosen = _settings(view)
     found = work.result(
         "head scores",
         (view.checkpoint, drawn),
@@ -74,10 +81,10 @@ def page(view: View) -> None:
         st.info(f"There is no {name} score: {_why_none(source)}", icon=":material/info:")
         return
     order = results.ranked(config.attention_layers, score)
-    _start_at(order[0])
-    _maps(view, name, source, score, random, prompt, order)
+    layer, head = _head_called(chosen, order)
+    _maps(view, name, source, score, random, prompt, order, (layer, head))
     _table(view, order, random, prompt)
-    layer, head = _one_head(view, name, drawn, random, prompt)
+    _one_head(view, name, drawn, (layer, head), random, prompt)
     more = _ablation(view, name, drawn, order)
     shown = tuple(key for key in prompt if key in results.NAMES.values())
     widgets.code(view, results.code(drawn, layer, head, shown) + more)
@@ -89,7 +96,8 @@ def _why_none(source: str) -> str:
     return "the scoring was stopped before it."
 
 
-def _settings(view: View) -> tuple[str, str, Drawn]:
+def _settings(view: View) -> tuple[str, str, Drawn, str]:
+    config = view.model.config
     left, right = st.columns([3, 2], gap="medium")
     with left:
         name = widgets.choose("Score", results.ALL, "induction_score", "Which heads are ranked by.")
@@ -97,7 +105,7 @@ def _settings(view: View) -> tuple[str, str, Drawn]:
         source = widgets.choose(
             "Measured on", (RANDOM, PROMPT), "scored_on", "Copying (OV) is of the weights: the same on any tokens."
         )
-    left, middle, right, _ = st.columns([2, 2, 2, 9], gap="medium")
+    left, middle, right, last, _ = st.columns([2, 2, 2, 3, 6], gap="medium")
     with left:
         length = widgets.choose_layer(
             results.lengths(view.model), "random_length", "Random tokens", "So many different ones, said twice."
@@ -106,14 +114,20 @@ def _settings(view: View) -> tuple[str, str, Drawn]:
         sequences = widgets.choose_layer((32, 8, 128), "random_sequences", "Sequences")
     with right:
         seed = widgets.choose_layer(tuple(range(10)), "random_seed", "Seed")
-    return name, source, Drawn(sequences, length, seed)
+    with last:
+        names = [_called((layer, head)) for layer in config.attention_layers for head in range(config.n_heads)]
+        head = widgets.choose_layer(
+            (HIGHEST, *names), "induction_head", "Head", "Which is shown large: L layer, H head."
+        )
+    return name, source, Drawn(sequences, length, seed), head
 
 
-def _start_at(head: Head) -> None:
-    """To begin with, the head of highest score is the one that is shown large."""
-    for key, value in zip(("attention_layer", "head"), head, strict=True):
-        if key not in st.session_state and key not in st.query_params:
-            st.session_state[key] = value
+def _head_called(name: str, order: list[Head]) -> Head:
+    return next((head for head in order if _called(head) == name), order[0])
+
+
+def _called(head: Head) -> str:
+    return f"L{head[0]} H{head[1]}"
 
 
 # -- every head ------------------------------------------------------------------------------------------------
@@ -127,9 +141,9 @@ def _maps(
     random: dict[str, Score],
     prompt: dict[str, Score],
     order: list[Head],
+    chosen: Head,
 ) -> None:
     layers, signed = view.model.config.attention_layers, name in results.SIGNED
-    chosen = (st.session_state.get("attention_layer"), st.session_state.get("head"))
     where = "the weights" if name == results.OV else source
     left, right = st.columns([5, 6], gap="medium")
     with left:
@@ -139,7 +153,7 @@ def _maps(
         ]
         fig = score_map(
             f"{name[0].upper()}{name[1:]}, on {where}", MEANINGS[name], layers, score.values, hover,
-            [chosen] if chosen[0] in layers else [], f"{name} score", signed=signed, clickable=True,
+            [chosen], f"{name} score", signed=signed, clickable=True,
         )  # fmt: skip
         widgets.show(fig, "score_map", on_select=_take_head, selection_mode="points")
         st.caption("Click a head to see its pattern below.")
@@ -160,7 +174,7 @@ def _ranking(view: View, name: str, random: Score | None, prompt: Score | None, 
     """The first heads with intervals, beside chance, the control and the prompt."""
     layers, points = list(view.model.config.attention_layers), []
     for layer, head in order[:MOST_SHOWN]:
-        at, place = (layers.index(layer), head), f"L{layer} H{head}"
+        at, place = (layers.index(layer), head), _called((layer, head))
         if random is not None:
             low, high = (math.nan if end is None else float(end[at]) for end in (random.low, random.high))
             series = "weights" if name == results.OV else RANDOM
@@ -181,7 +195,7 @@ def _ranking(view: View, name: str, random: Score | None, prompt: Score | None, 
 def _take_head() -> None:
     points = st.session_state.score_map.selection.points
     if points:
-        st.session_state.attention_layer, st.session_state.head = points[0]["customdata"]
+        st.session_state.induction_head = _called(tuple(points[0]["customdata"]))
 
 
 def _table(view: View, order: list[Head], random: dict[str, Score], prompt: dict[str, Score]) -> None:
@@ -193,25 +207,19 @@ def _table(view: View, order: list[Head], random: dict[str, Score], prompt: dict
     for name in prompt:
         about = f"{name} on this prompt: {MEANINGS[name]}"
         columns[f"{name}, prompt"] = number(f"Prompt {SHORT[name]}", format="%.3f", help=about)
-    widgets.table(rows, "head_scores", columns, height=min(35 * (len(rows) + 1) + 3, 318))
+    widgets.table(rows, "head_scores", columns, height=318 if len(rows) > 8 else "auto")
 
 
 # -- one head --------------------------------------------------------------------------------------------------
 
 
-def _one_head(view: View, name: str, drawn: Drawn, random: dict[str, Score], prompt: dict[str, Score]) -> Head:
+def _one_head(
+    view: View, name: str, drawn: Drawn, head: Head, random: dict[str, Score], prompt: dict[str, Score]
+) -> None:
     st.subheader("One head")
-    config = view.model.config
     pattern, beside = st.columns(2, gap="medium")
-    with beside:
-        left, right = st.columns(2, gap="medium")
-        with left:
-            layer = widgets.choose_layer(config.attention_layers, "attention_layer", "Layer")
-        with right:
-            head = widgets.choose_layer(tuple(range(config.n_heads)), "head", "Head")
-        _scores_of(results.rows_of(config.attention_layers, (layer, head), random, prompt))
-    found = results.example(view, drawn, layer, head)
-    title = f"Layer {layer}, head {head}, on the first of the random sequences"
+    found = results.example(view, drawn, *head)
+    title = f"Layer {head[0]}, head {head[1]}, on the first of the random sequences"
     if len(found.ids) <= MAX_NAMED_TOKENS:
         fig = figures.token_pattern(found.pattern, figures.Shown(title), found.texts, found.texts)
     else:
@@ -221,10 +229,14 @@ def _one_head(view: View, name: str, drawn: Drawn, random: dict[str, Score], pro
     with pattern:
         widgets.show(fig, "random_pattern")
     with beside:
+        st.caption(
+            "Every score of this head. The control is, by the score, the same tokens in random order, or others."
+        )
+        _scores_of(results.rows_of(view.model.config.attention_layers, head, random, prompt))
         if name in found.targets:
             st.caption(f"Circles in the pattern: where a head of the kind “{name}” would look, and nowhere else.")
-        st.caption("Fewer random tokens (above) show which is which by name.")
-    return layer, head
+        if len(found.ids) > MAX_NAMED_TOKENS:
+            st.caption("With fewer random tokens (chosen above) the pattern names them.")
 
 
 def _scores_of(rows: list[dict]) -> None:
@@ -285,9 +297,16 @@ def _effects(found: dict[str, HeadAblation]) -> None:
         widgets.show(fig, "ablation_accuracy")
     st.markdown(f"{_sentence('loss', found['loss'], 'nats')} {_sentence('loss_before', found['loss_before'], 'nats')}")
     number = st.column_config.NumberColumn
-    rows = [{"measure": results.FIELDS[field]} | row for field, one in found.items() for row in one.rows()]
-    columns = {key: number(format="%.3f") for key in ("mean", "low", "high", "p_value")}
-    widgets.table(rows, "ablation_rows", columns)
+    rows = [
+        {"measure": results.FIELDS[field]} | row | {"what": WHAT[row["what"]]}
+        for field, one in found.items()
+        for row in one.rows()
+    ]
+    columns = {"measure": st.column_config.TextColumn("Measure"), "what": st.column_config.TextColumn("What")}
+    titles = {"mean": "Mean", "low": "Low", "high": "High", "p_value": "p"}
+    columns |= {key: number(title, format="%.3f") for key, title in titles.items()}
+    columns["n"] = number("Sequences")
+    widgets.table(rows, "ablation_rows", columns, height="content")
 
 
 def _points(field: str, found: HeadAblation) -> list[Effect]:

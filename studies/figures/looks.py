@@ -56,7 +56,7 @@ def _bars(
     fig = go.Figure(
         go.Bar(
             x=values, y=list(range(len(order))), orientation="h", marker={"color": color, "line": {"width": 0}},
-            text=[f"{w:{sign}.3f}" for w in values], textposition="outside", cliponaxis=False,
+            text=[f"{w:{sign}z.3f}" for w in values], textposition="outside", cliponaxis=False,
             customdata=order.tolist(), hovertext=names, selected={"marker": {"opacity": 1}},
             unselected={"marker": {"opacity": 1}},
             hovertemplate=f"{what} %{{hovertext}}<br>weight %{{x:{sign}.4f}}<extra></extra>",

@@ -15,7 +15,6 @@ from browser_tools import (  # noqa: E402
     PACKAGED,
     PROMPT,
     cells,
-    choose,
     click_point,
     eventually,
     expect_heat,
@@ -55,7 +54,8 @@ def test_heads_are_scored_ranked_and_shown(open_page, model, tokens):
     expect_heat(page, "random_pattern", cache[name][0, last])
     page.get_by_role("radio", name="copying (OV)", exact=True).click()
     expect_heat(page, "score_map", ov_copying(model).score)
-    expect_query(page, induction_score="copying (OV)", head=str(last))
+    expect_query(page, induction_head=f"L4+H{last}")
+    assert query(page)["induction_score"] == "copying (OV)"
     again = open_page("induction", fresh=True, **query(page))
     expect_heat(again, "score_map", ov_copying(model).score)
     wait_for_title(again, "random_pattern", f"Layer 4, head {last}, on the first of the random sequences")
@@ -101,15 +101,8 @@ def test_a_long_ablation_can_be_stopped(open_page):
     no_exception(page)
 
 
-def test_a_model_without_attention_says_where_to_look(open_page):
-    page = open_page("induction", model="mamba-micro", prompt=PROMPT)
-    expect(page.get_by_text("This model has no attention layers, so it has no heads to score")).to_be_visible()
-    no_exception(page)
-
-
 def test_a_checkpoint_of_many_sizes_opens(open_page, bare_checkpoint):
-    page = open_page("induction", prompt="5 17 3 5 17")
+    page = open_page("induction", prompt="5 17 3 5 17", ablate_count="2")
     expect(figure(page, "score_map")).to_contain_text("head (index)")
-    choose(page, "Heads taken away", "2")
     expect(page.get_by_text("First by induction: layer 4 head")).to_be_visible()
     no_exception(page)
