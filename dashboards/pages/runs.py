@@ -75,9 +75,9 @@ def _choose(found: list[Entry], root: Path) -> Entry | None:
     listed = [entry for entry in found if results.matches(entry, words) and state in (ALL, entry.state)]
     rows = [_row(entry) for entry in listed]
     columns = {
-        "run": st.column_config.TextColumn("Run", width=190),
+        "run": st.column_config.TextColumn("Run", width=180),
         "study": st.column_config.TextColumn("Study", width=125),
-        "question": st.column_config.TextColumn("Question, or what is wrong", width=430),
+        "question": st.column_config.TextColumn("Question, or what is wrong", width=330),
         "models": st.column_config.TextColumn("Models", width=95),
         "when": st.column_config.DatetimeColumn("Last change", format="YYYY-MM-DD HH:mm", width=125),
         "state": st.column_config.TextColumn("State", width=95),

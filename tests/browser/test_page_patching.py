@@ -18,7 +18,6 @@ from browser_tools import (  # noqa: E402
     choose,
     eventually,
     expect_heat,
-    expect_numbers,
     expect_query,
     figure,
     heat,
@@ -81,8 +80,13 @@ def test_maps_a_click_and_a_link(open_page, model):
     )
     with torch.no_grad():
         shares = model(CORRUPTED)[0, -1].softmax(-1)
-    ids = [model.to_single_token(text) for text in cells(page, "patched_table", 0)]
-    expect_numbers(page, "patched_table", 1, [float(f"{shares[i]:.3g}") for i in ids])
+
+    def compare_table() -> None:
+        ids = [model.to_single_token(text) for text in cells(page, "patched_table", 0)]
+        shown = [float(text) for text in cells(page, "patched_table", 1)]
+        assert len(ids) >= 5 and shown == pytest.approx(shares[ids].tolist(), rel=2e-2)
+
+    eventually(page, compare_table)
     again = open_page("patching", fresh=True)
     again.goto(page.url)
     expect(figure(again, "patched_tokens").locator(".gtitle").first).to_contain_text("resid_pre of layer 2")
@@ -132,11 +136,12 @@ def test_mistakes_and_hostile_prompts_are_told_in_a_line(open_page):
 
 def test_a_long_sweep_fills_in_and_can_be_stopped(open_page):
     """Of a checkpoint without a tokenizer; a turn to another page does not end it."""
-    ids = [str(i % 50) for i in range(700)]
+    ids = [str(i % 50) for i in range(500)]
     other = " ".join([ids[0], "7", *ids[2:]])
-    page = open_page("patching", prompt=" ".join(ids), corrupted=other)
+    page = open_page("patching", prompt=" ".join(ids), corrupted=other, patch_nodes="resid_pre", patch_shown="change")
     page.get_by_role("button", name="Patch every cell").click()
-    page.get_by_role("button", name="Stop").wait_for()
+    stop = page.get_by_test_id("stMain").get_by_role("button", name="Stop")
+    stop.wait_for()
     figure(page, "map_resid_pre").wait_for(timeout=WAIT)
     for _ in range(WAIT // 200):
         if np.isfinite(heat(page, "map_resid_pre")).any():
@@ -145,7 +150,7 @@ def test_a_long_sweep_fills_in_and_can_be_stopped(open_page):
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Runs").click()
     expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Patching").click()
-    page.get_by_role("button", name="Stop").click()
+    stop.click()
     expect(page.get_by_text(re.compile(r"Stopped at \d+%"))).to_be_visible()
     shown = heat(page, "map_resid_pre")
     assert np.isfinite(shown).any()
