@@ -38,7 +38,6 @@ from einops import einsum
 from jaxtyping import Float, Int
 
 from jambascope.errors import InputError
-from jambascope.hook_point import At
 from jambascope.hooks.mixer_terms import MixerTerms, watch_terms
 
 if TYPE_CHECKING:
@@ -234,37 +233,6 @@ def attention_map(
         averaged[:, :, q, : query + 1] = torch.stack([row[..., m].mean(-1) for m in members], dim=1)
     averaged = normalize_rows(averaged) if normalize else averaged
     return averaged[:, 0] if groups is None else averaged
-
-
-@torch.no_grad()
-def looks_by_layer(
-    model: HookedJamba, tokens: Int[torch.Tensor, "1 pos"], query: int, form: Form = "alpha"
-) -> dict[int, Float[torch.Tensor, " pos"]]:
-    """Where one query of one prompt looks in every layer, in one forward pass: layer -> weights that sum to 1.
-
-    Of an attention layer its pattern's row, averaged over heads; of a Mamba layer that of :func:`attention_map`.
-
-    Raises:
-        InputError: more than one prompt, an unknown form, or a query that does not exist.
-    """
-    rows: dict[int, torch.Tensor] = {}
-    config, (batch, length) = model.config, tokens.shape
-    if batch != 1 or not 0 <= query < length:
-        raise InputError(f"query={query} of {batch} prompts: give one prompt, and one of its positions 0..{length - 1}")
-    if form not in FORMS:
-        raise InputError(f"form={form!r} is not one of {', '.join(FORMS)}")
-
-    def mixed(layer: int, terms: MixerTerms) -> None:
-        rows[layer] = attention_map(terms, [query], form)[0, 0]
-
-    def attended(pattern: torch.Tensor, hook) -> None:
-        row = pattern[0, :, -1].to(torch.promote_types(pattern.dtype, torch.float32)).mean(0)
-        rows[hook.layer()] = row
-
-    patterns = [(f"blocks.{i}.attn.hook_pattern", At([query], attended)) for i in config.attention_layers]
-    with watch_terms(model, config.ssm_layers, None, None, mixed, patterns):
-        model(tokens, return_type=None)
-    return rows
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ import torch
 from jambascope.dashboards.session import View
 from jambascope.dashboards.work import Report
 from jambascope.hooks.heads import KINDS, Kind, has_targets, score_heads
-from jambascope.hooks.hidden_attention import Form, attention_map, looks_by_layer
+from jambascope.hooks.hidden_attention import Form, attention_map
+from jambascope.hooks.looks import looks_by_layer
 from jambascope.hooks.mixer_terms import capture_terms
 from jambascope.hooks.pattern_difference import pattern_difference
 from jambascope.studies.figures.attention import GRID_CELLS, LARGE_CELLS, block_edges, pool
@@ -194,7 +195,8 @@ def code_of_head(layer: int, head: int, position: int, kinds: tuple[Kind, ...]) 
 
 def code_of_mixer(layer: int, form: Form, position: int) -> str:
     return f"""\
-from jambascope.hooks.hidden_attention import attention_map, looks_by_layer
+from jambascope.hooks.hidden_attention import attention_map
+from jambascope.hooks.looks import looks_by_layer
 from jambascope.hooks.mixer_terms import capture_terms
 
 tokens = model.to_tokens(prompt)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from jambascope.hooks.heads import score_heads
-from jambascope.hooks.hidden_attention import attention_map, looks_by_layer
+from jambascope.hooks.hidden_attention import attention_map
+from jambascope.hooks.looks import looks_by_layer
 from jambascope.hooks.mixer_terms import capture_terms
 
 pytest.importorskip("playwright")

@@ -9,9 +9,10 @@ from jambascope.errors import InputError
 from jambascope.hooks import run
 from jambascope.hooks.copying import logit_copying
 from jambascope.hooks.heads import drawable_tokens, has_targets, repeated_random_tokens, score_heads
-from jambascope.hooks.hidden_attention import attention_map, looks_by_layer
+from jambascope.hooks.hidden_attention import attention_map
 from jambascope.hooks.label_ablation import mean_head_outputs, metric_without
 from jambascope.hooks.labels import FewShotPrompt
+from jambascope.hooks.looks import looks_by_layer
 from jambascope.hooks.mixer_terms import capture_terms
 from jambascope.hooks.pattern_difference import pattern_difference
 from jambascope.hooks.repetition import Repetition, ablate_repetition, repetition, take_away
@@ -137,9 +138,9 @@ def test_where_a_query_looks_in_every_layer(small_model, form):
 @pytest.mark.parametrize(
     "tokens, query, form, message",
     [
-        ([[5, 6]], 2, "alpha", "query=2 of 1 prompts"),
-        ([[5], [6]], 0, "alpha", "of 2 prompts: give one prompt"),
-        ([[5, 6]], 0, "beta", "form='beta' is not one of"),
+        ([[5, 6]], 2, "alpha", "query=2 must be a position of one prompt, -2..1"),
+        ([[5], [6]], 0, "alpha", "query=0 must be a position of one prompt"),
+        ([[5, 6]], 0, "beta", "form='beta' must be one of"),
     ],
 )
 def test_queries_and_forms_that_do_not_exist(small_model, tokens, query, form, message):
