@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from jambascope.checkpoint import find_directory, read_config
 from jambascope.dashboards import models, session
-from jambascope.dashboards.results.patching import Asked, text_of
+from jambascope.dashboards.results.patching import WINDOWED, WITH_CONV, Asked, text_of
 from jambascope.dashboards.session import View
 from jambascope.dashboards.work import Report
 from jambascope.errors import ConfigError, InputError
 from jambascope.memory import readable_bytes, weight_bytes
-from jambascope.studies.activation_patching import Component, study
+from jambascope.studies.activation_patching import study
 from jambascope.studies.prompt_pairs import BETWEEN
 from jambascope.studies.runner import run as running
 from jambascope.studies.runner.spec import Spec, make_spec
@@ -26,8 +25,8 @@ class _Stopped(Exception):
 
 
 def taken(kinds: Sequence[str]) -> list[str]:
-    """The node kinds that the study patches, too."""
-    return [kind for kind in kinds if kind in get_args(Component)]
+    """The node kinds that the study patches, too: all that a component's name says."""
+    return [kind for kind in kinds if kind not in (WINDOWED, WITH_CONV)]
 
 
 def spec_of(view: View, other: View, asked: Asked) -> Spec:
@@ -38,8 +37,8 @@ def spec_of(view: View, other: View, asked: Asked) -> Spec:
     """
     if not taken(asked.kinds):
         raise InputError(
-            f"the study activation_patching patches {', '.join(get_args(Component))}, none of which is among the nodes "
-            "chosen; add one to save a run"
+            f"the study activation_patching does not patch {', '.join(asked.kinds)}; add ssm_state or another node to "
+            "save a run"
         )
     if any(BETWEEN in prompt for prompt in (view.prompt, other.prompt)):
         raise InputError(f"the study parts prompts by {BETWEEN}, which one of these holds; take it out to save a run")
