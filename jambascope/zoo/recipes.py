@@ -129,7 +129,7 @@ PURE_MAMBA = ("mamba",) * JAMBA.n_layers
 RECIPES = {
     "jamba-micro": _recipe("attention : Mamba 1 : 7, experts at every second layer, as the Jamba releases"),
     "jamba-micro-1to3": _recipe("attention : Mamba 1 : 3", mixers=_every(4, 2)),
-    "mamba-micro": _recipe("no attention", mixers=PURE_MAMBA),
+    "mamba-micro": _recipe("no attention", 3e-3, mixers=PURE_MAMBA),
     # Wider feed-forwards and a key/value head per query head make up for what attention lacks in parameters.
     "attention-micro": _recipe(
         "attention with rotary positions in every layer",
