@@ -7,8 +7,9 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
-from jambascope.studies.figures.attention import attended_keys, head_pattern
+from jambascope.studies.figures.attention import head_pattern
 from jambascope.studies.figures.data import table_of
+from jambascope.studies.figures.looks import attended_keys
 from jambascope.studies.figures.patching import effect_map
 from jambascope.studies.figures.predictions import expectation
 from jambascope.studies.figures.theme import click_targets
