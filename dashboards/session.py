@@ -97,6 +97,11 @@ def examples(model: HookedJamba) -> tuple[str, ...]:
     return TEXT_EXAMPLES
 
 
+def checkpoint_of(name: str) -> Checkpoint:
+    """The weights called ``name``, on the server's device; nothing of them is read."""
+    return models.checkpoint_of(name, start().device, start().dtype)
+
+
 def open_checkpoint(name: str) -> tuple[HookedJamba, Checkpoint]:
     """The model called ``name``, loaded once for all sessions and again when its files change.
 
@@ -104,7 +109,7 @@ def open_checkpoint(name: str) -> tuple[HookedJamba, Checkpoint]:
         CheckpointError: it cannot be read.
         ConfigError: it does not fit into memory.
     """
-    checkpoint = models.checkpoint_of(name, start().device, start().dtype)
+    checkpoint = checkpoint_of(name)
     shelf = models.shelf(start().model_memory)
     if shelf.holds(checkpoint):
         return shelf.get(checkpoint), checkpoint

@@ -83,7 +83,7 @@ def _one(names: list[str]) -> None:
         )
     _prompt(episode, shots)
     titles = results.titles(names)
-    checkpoints = {titles[name]: results.checkpoint_of(name) for name in names}
+    checkpoints = {titles[name]: session.checkpoint_of(name) for name in names}
     readings = {name: results.read(checkpoint, episode) for name, checkpoint in checkpoints.items()}
     shares = {name: results.shares(reading, episode, shots) for name, reading in readings.items()}
     widgets.show(figures.next_mass(shares, shots), "next_mass")
@@ -221,7 +221,7 @@ def _many(names: list[str]) -> None:
         return
     options = dict(episodes=episodes, classes=classes, shots=most, filler=filler, seed=seed)
     titles = results.titles(names)
-    checkpoints = {titles[name]: results.checkpoint_of(name) for name in names}
+    checkpoints = {titles[name]: session.checkpoint_of(name) for name in names}
     key = (tuple(checkpoints.items()), tuple(asked), tuple(options.items()))
     shelf = models.shelf(session.start().model_memory)
     opened = [(name, partial(shelf.get, checkpoint)) for name, checkpoint in checkpoints.items()]

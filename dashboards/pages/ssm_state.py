@@ -61,20 +61,20 @@ def _memory(view: View, layer: int, position: int) -> None:
         position=position,
     )
     widgets.show(fig, "retention")
-    if position == len(view.ids) - 1:
+    if position < len(view.ids) - 1:
+        fig = figures.group_lines(
+            results.surviving(memory, position),
+            memory.bounds,
+            view.texts,
+            title=f"Where the write of {named(view.texts[position], position)} survives",
+            subtitle="mean over the group of exp(A · sum of Δ from here to each later token): the share that is left",
+            unit="left (share of 1)",
+            position=position,
+            start=position,
+        )
+        widgets.show(fig, "survival")
+    else:
         st.caption("Nothing comes after the last token: choose an earlier one to see how long its write survives.")
-        return
-    fig = figures.group_lines(
-        results.surviving(memory, position),
-        memory.bounds,
-        view.texts,
-        title=f"Where the write of {named(view.texts[position], position)} survives",
-        subtitle="mean over the group of exp(A · sum of Δ from here to each later token): the share that is left of it",
-        unit="left (share of 1)",
-        position=position,
-        start=position,
-    )
-    widgets.show(fig, "survival")
     widgets.code(view, results.memory_code(layer, position))
 
 

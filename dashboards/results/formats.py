@@ -17,6 +17,7 @@ from jambascope import HookedJamba
 from jambascope.checkpoint import load_tokenizer
 from jambascope.dashboards import models, session
 from jambascope.dashboards.models import Checkpoint
+from jambascope.dashboards.session import checkpoint_of
 from jambascope.errors import InputError, JambascopeError
 from jambascope.hooks.labels import label_attention
 from jambascope.hooks.looks import looks
@@ -71,11 +72,6 @@ def titles(names: Sequence[str]) -> dict[str, str]:
     """What models are called in figures: the last part of a path, unless two have the same."""
     short = {name: Path(name).name or name for name in names}
     return {name: s if list(short.values()).count(s) == 1 else name for name, s in short.items()}
-
-
-def checkpoint_of(name: str) -> Checkpoint:
-    """The weights called ``name``, on the server's device."""
-    return models.checkpoint_of(name, session.start().device, session.start().dtype)
 
 
 def opened(checkpoint: Checkpoint) -> HookedJamba:

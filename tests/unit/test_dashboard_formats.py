@@ -287,9 +287,9 @@ def test_the_code_of_the_page_computes_what_it_shows(small, tmp_path, monkeypatc
     typed = (" ".join(drawn.words[:-1]), drawn.labels, drawn.words[-1])
     found: dict = {}
     exec(results.code([name], typed if by_hand_too else results.Asked("unseen", 2, 4, 0, 1), 3), found)
-    reading = results.read(results.checkpoint_of(name), drawn)
+    reading = results.read(session.checkpoint_of(name), drawn)
     torch.testing.assert_close(found["scores"][name].mass, reading.scores.mass)
-    shown = results.label_looks(results.checkpoint_of(name), "m", drawn, 3)
+    shown = results.label_looks(session.checkpoint_of(name), "m", drawn, 3)
     assert [row["head"] for row in found["heads"][name]] == [look.head for look in shown if look.head is not None]
     np.testing.assert_allclose(found["rows"][name][1][shown[0].head], shown[0].row, atol=1e-6)
     batch: dict = {}

@@ -47,6 +47,11 @@ def test_the_reading_names_what_attention_is_for(finished):
     text = study.reading(spec, rows)
     about = re.search(r"Without all attention layers.*?In sum: (.*?)\n\n", text, re.DOTALL)[1]
     assert re.search(r"needed more than as many random layers for [^;]*repeat", about)
+    gone = (rows.measure == "less the control: change of loss") & (rows.task == "text")
+    without = study.reading(spec, rows.assign(value=rows["value"].where(~gone, 0.0)))
+    about = re.search(r"Without all attention layers.*?In sum: (.*?)\n\n", without, re.DOTALL)[1]
+    assert re.search(r"needed more than as many random layers for [^;]*repeat", about)
+    assert not re.search(r"needed more than as many random layers for [^;]*text", about)
     assert re.search(r"repeat .* nats, which keeps 0\.\d+ \[0\.\d+, \d\.\d+\] of what attention is worth", text)
     assert "too little is left either way" in text
     same = rows.assign(value=rows["value"].where(rows.measure != "less the control: change of loss", 0.0))
