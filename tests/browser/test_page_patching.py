@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -164,7 +165,8 @@ def test_a_run_is_saved_and_opened(open_page, runs_root):
     page.get_by_role("button", name="Save as a study run").click()
     link = page.get_by_role("link", name="open it on the Runs page")
     link.wait_for(timeout=WAIT)
-    (path,) = runs_root.glob("activation_patching-*")
+    name = parse_qs(urlsplit(link.get_attribute("href")).query)["run"][0]
+    path = runs_root / name  # beside what other tests have kept
     spec = read(path)[2]
     assert (spec.clean, spec.corrupted, spec.answer, spec.wrong) == (CLEAN, CORRUPTED, "mud", "river")
     again = open_page("runs")
