@@ -130,10 +130,10 @@ def memory(view: View) -> Memory:
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def _lens(key: tuple, start: int, _view: View) -> Lens:
+def _lens(key: tuple, start: int, likeliest: int, _view: View) -> Lens:
     model, tokens = _view.model, _view.tokens
     positions = range(start, min(start + WINDOW, len(_view.ids)))
-    follow = [*_view.ids[1:], _likeliest(_view)]
+    follow = [*_view.ids[1:], likeliest]
     mid = 2 * model.config.n_layers + 1 <= MOST_ROWS
     targets = torch.tensor([[follow[p] for p in positions]])
     found = logit_lens(model, tokens, positions=positions, incl_mid=mid, targets=targets, top_k=1)
@@ -149,13 +149,6 @@ def _lens(key: tuple, start: int, _view: View) -> Lens:
     )
 
 
-def _likeliest(view: View) -> int:
-    """The model's own next token after the prompt, which nothing follows."""
-    last = view.model.config.n_layers
-    found = logit_lens(view.model, view.tokens, positions=-1, layers=[last], top_k=1)
-    return int(found.top_tokens)
-
-
 def _entry(model: HookedJamba, label: str) -> str:
     """The part after which the stream is read, as in ``Mamba 3`` or ``MoE 3``."""
     where, entry = label.split("_")
@@ -169,9 +162,14 @@ def _entry(model: HookedJamba, label: str) -> str:
     return f"{kind} {layer - 1}"
 
 
-def lens(view: View, start: int) -> Lens:
-    """At most ``WINDOW`` positions from ``start`` on; at the last one the model's own next token is followed."""
-    return _lens(view.key, start, view)
+def lens(view: View, start: int, k: int) -> Lens:
+    """At most ``WINDOW`` positions from ``start`` on; at the last one the model's own next token is followed.
+
+    Args:
+        k: of ``predict`` at the last position, whose result is taken when it is there.
+    """
+    likeliest = predict(view, len(view.ids) - 1, k).candidates[0].token_id
+    return _lens(view.key, start, likeliest, view)
 
 
 # -- direct logit attribution ----------------------------------------------------------------------------------

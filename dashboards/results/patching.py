@@ -205,21 +205,17 @@ def differing(view: View, other: View) -> list[int]:
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def _last_logits(key: tuple, _view: View) -> Float[np.ndarray, " V"]:
+def _first_tokens(key: tuple, ids: tuple[int, ...], _view: View, _other: View) -> tuple[int, int]:
     with torch.no_grad():
-        return _view.model(_view.tokens)[0, -1].float().cpu().numpy()
-
-
-def last_logits(view: View) -> Float[np.ndarray, " V"]:
-    """What a prompt expects after its end."""
-    return _last_logits(view.key, view)
+        clean, corrupted = _view.model(torch.cat([_view.tokens, _other.tokens]))[:, -1].float()
+    correct = int(clean.argmax())
+    order = corrupted.argsort(descending=True, stable=True)[:2].tolist()
+    return correct, next((token for token in order if token != correct), correct)
 
 
 def first_tokens(view: View, other: View) -> tuple[int, int]:
     """The likeliest next token of the clean run; and of the corrupted run its likeliest other than that."""
-    correct = int(last_logits(view).argmax())
-    order = np.argsort(-last_logits(other), kind="stable")[:2].tolist()
-    return correct, next((token for token in order if token != correct), correct)
+    return _first_tokens(view.key, other.ids, view, other)
 
 
 def key_of(view: View, other: View, asked: Asked) -> tuple:

@@ -132,8 +132,9 @@ def frame(fig: go.Figure, title: str, subtitle: str = "", height: int = 360, **l
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
         **{"plot_bgcolor": "rgba(0,0,0,0)"} | layout,
     )
-    fig.update_xaxes(automargin=True)
-    fig.update_yaxes(automargin=True)
+    # Plotly measures every label to hide those that stick out, which with names of tokens takes as long as the drawing.
+    fig.update_xaxes(automargin=True, ticklabeloverflow="allow")
+    fig.update_yaxes(automargin=True, ticklabeloverflow="allow")
     return fig
 
 

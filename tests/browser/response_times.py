@@ -1,4 +1,4 @@
-"""How long each page takes to answer a new prompt, in headless Chromium: ``python tests/browser/response_times.py``.
+"""How long each page of the prompt takes to answer a new one, in headless Chromium: ``python tests/browser/response_times.py``.
 
 From the key press until the page's script has run, figures included, and the browser has drawn them: the median of a
 few prompts that nobody asked about before, on a model that is loaded.
@@ -22,7 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from jambascope.zoo.words import WORDS
 
-PAGES = ("overview", "attention", "ssm_state", "router", "induction", "formats", "patching", "runs")
+PAGES = ("overview", "attention", "ssm_state", "router", "induction", "formats", "patching")
 STATE = "document.querySelector('[data-testid=stApp]').getAttribute('data-test-script-state')"
 
 
