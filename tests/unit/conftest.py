@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from streamlit.testing.v1 import AppTest
 
 from jambascope import HookedJamba, JambaConfig
+from jambascope.dashboards import session
 from jambascope.hooks.prefill import prefill
 from jambascope.hooks.routing import Routing
 from jambascope.model import initialize
@@ -168,3 +172,31 @@ def captured() -> Callable:
         return finish()
 
     return kept
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch) -> Iterator[Callable[..., AppTest]]:
+    """``run_page(config, page, prompt, **state)``: that page on a random model, once nothing is computed any more."""
+
+    def run(config: JambaConfig, page: str, prompt: str = "5 17 3", **state) -> AppTest:
+        torch.manual_seed(0)
+        HookedJamba(config).save_pretrained(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path), "--runs", str(tmp_path / "runs")])
+        session.start.cache_clear()
+        lines = [
+            "from jambascope.dashboards import session",
+            f"from jambascope.dashboards.pages import {page} as page",
+            f"page.page(session.view({str(tmp_path)!r}, {prompt!r}))",
+        ]
+        app = AppTest.from_string("\n".join(lines), default_timeout=60)
+        for name, value in state.items():
+            app.session_state[name] = value
+        app.run()
+        deadline = time.monotonic() + 60
+        while any(button.label == "Stop" for button in app.button) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            app.run()
+        return app
+
+    yield run
+    session.start.cache_clear()

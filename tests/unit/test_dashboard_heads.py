@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
 
 from jambascope import HookedJamba, JambaConfig
 from jambascope.dashboards import session, widgets
@@ -218,34 +215,6 @@ def test_the_code_of_the_induction_page_computes_what_it_shows(built):
 
 
 # -- models that lack a part -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_page(tmp_path, monkeypatch):
-    """``run_page(config, page, prompt, **state)``: that page on a random model once nothing is computed any more."""
-
-    def run(config: JambaConfig, page: str, prompt: str = "5 17 3 5 17", **state) -> AppTest:
-        torch.manual_seed(0)
-        HookedJamba(config).save_pretrained(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path)])
-        session.start.cache_clear()
-        lines = [
-            "from jambascope.dashboards import session",
-            f"from jambascope.dashboards.pages import {page} as page",
-            f"page.page(session.view({str(tmp_path)!r}, {prompt!r}))",
-        ]
-        app = AppTest.from_string("\n".join(lines), default_timeout=60)
-        for name, value in state.items():
-            app.session_state[name] = value
-        app.run()
-        deadline = time.monotonic() + 60
-        while any(button.label == "Stop" for button in app.button) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            app.run()
-        return app
-
-    yield run
-    session.start.cache_clear()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

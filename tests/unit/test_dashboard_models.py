@@ -8,7 +8,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from streamlit.testing.v1 import AppTest
 
 from jambascope import HookedJamba, JambaConfig
@@ -26,26 +25,6 @@ PURE = {
     "attention": JambaConfig(mixers=("attention",) * 2, feed_forwards=("dense",) * 2, **SIZES),
     "one expert": JambaConfig(mixers=("mamba", "attention"), feed_forwards=("moe",) * 2, num_experts=1, **SIZES),
 }
-
-
-@pytest.fixture
-def run_page(tmp_path, monkeypatch):
-    """``run_page(config, page)``: that page of the app on a random model, and what it shows."""
-
-    def run(config: JambaConfig, page: str, prompt: str = "5 17 3") -> AppTest:
-        torch.manual_seed(0)
-        HookedJamba(config).save_pretrained(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path)])
-        session.start.cache_clear()
-        lines = [
-            "from jambascope.dashboards import session",
-            f"from jambascope.dashboards.pages import {page} as page",
-            f"page.page(session.view({str(tmp_path)!r}, {prompt!r}))",
-        ]
-        return AppTest.from_string("\n".join(lines), default_timeout=60).run()
-
-    yield run
-    session.start.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
 
 from jambascope import HookedJamba, JambaConfig
 from jambascope.dashboards import session, widgets
@@ -283,20 +281,7 @@ def test_a_prompt_with_the_sign_that_parts_prompts_is_refused(packaged, views):
 
 @pytest.mark.parametrize("kind", PURE)
 @pytest.mark.parametrize("prompt", ["5", "5 17 3"])
-def test_no_kind_of_model_fails(kind, prompt, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    HookedJamba(PURE[kind]).save_pretrained(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path), "--runs", str(tmp_path / "runs")])
-    session.start.cache_clear()
-    lines = [
-        "from jambascope.dashboards import session",
-        "from jambascope.dashboards.pages import patching",
-        f"patching.page(session.view({str(tmp_path)!r}, {prompt!r}))",
-    ]
-    app = AppTest.from_string("\n".join(lines), default_timeout=60).run()
-    if "work patch" in app.session_state:
-        app.session_state["work patch"].wait(20)
-    app.run()
-    session.start.cache_clear()
+def test_no_kind_of_model_fails(run_page, kind, prompt):
+    app = run_page(PURE[kind], "patching", prompt)
     assert not app.exception and app.title and not app.error
     assert [metric.label for metric in app.metric] == ["Clean run", "Corrupted run", "Difference"]

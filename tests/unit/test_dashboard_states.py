@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
 
 from jambascope import HookedJamba, JambaConfig
-from jambascope.dashboards import session, widgets
+from jambascope.dashboards import widgets
 from jambascope.dashboards.models import checkpoint_of
 from jambascope.dashboards.results import router, ssm_state, what_if
 from jambascope.dashboards.session import View
@@ -255,27 +253,6 @@ def test_the_code_of_a_text(view, tmp_path, monkeypatch):
 
 
 # -- pages ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_page(tmp_path, monkeypatch):
-    def run(config: JambaConfig, page: str, prompt: str, **state: str) -> AppTest:
-        torch.manual_seed(0)
-        HookedJamba(config).save_pretrained(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path)])
-        session.start.cache_clear()
-        lines = [
-            "from jambascope.dashboards import session",
-            f"from jambascope.dashboards.pages import {page} as page",
-            f"page.page(session.view({str(tmp_path)!r}, {prompt!r}))",
-        ]
-        app = AppTest.from_string("\n".join(lines), default_timeout=60)
-        for key, value in state.items():
-            app.session_state[key] = value
-        return app.run()
-
-    yield run
-    session.start.cache_clear()
 
 
 STATE_PARTS = ({"state_part": "channels"}, {"state_part": "what if"})
