@@ -22,7 +22,7 @@ STYLE = """<style>
 </style>"""
 
 PAGES = (
-    (overview, "Overview", "account_tree", "overview", True),
+    (overview, "Overview", "account_tree", "", True),
     (attention, "Attention", "grid_on", "attention", True),
     (ssm_state, "SSM state", "memory", "ssm_state", True),
     (router, "Router", "alt_route", "router", True),
@@ -31,7 +31,7 @@ PAGES = (
     (patching, "Patching", "healing", "patching", True),
     (runs, "Runs", "folder_open", "runs", False),
 )
-"""Module, title, icon, address, and whether the page is about the prompt in the sidebar."""
+"""Module, title, icon, address (that of the first is "/"), and whether the page is about the prompt in the sidebar."""
 
 
 def sidebar() -> tuple[str, str]:
@@ -128,11 +128,13 @@ def main() -> None:
             on_page(module.page, of_prompt),
             title=title,
             icon=f":material/{icon}:",
-            url_path=path,
-            default=path == "overview",
+            url_path=path or None,
+            default=not path,
         )
         for module, title, icon, path, of_prompt in PAGES
     ]
+    # The first page's own address is "/"; somebody who types its name, as with the others, gets it too.
+    pages.append(st.Page(on_page(overview.page, True), title="Overview", url_path="overview", visibility="hidden"))
     st.navigation(pages).run()
 
 
