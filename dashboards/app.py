@@ -84,7 +84,7 @@ def _fit_prompt() -> None:
     st.session_state.example = None
 
 
-def on_page(render: Callable[..., None], of_prompt: bool) -> Callable[[], None]:
+def on_page(address: str, render: Callable[..., None], of_prompt: bool) -> Callable[[], None]:
     """A page for st.navigation; its errors are one line.
 
     Args:
@@ -92,6 +92,7 @@ def on_page(render: Callable[..., None], of_prompt: bool) -> Callable[[], None]:
     """
 
     def run() -> None:
+        _keep_link(address)
         try:
             name, prompt = sidebar()
             if not of_prompt:
@@ -105,6 +106,23 @@ def on_page(render: Callable[..., None], of_prompt: bool) -> Callable[[], None]:
             widgets.error(problem)
 
     return run
+
+
+def _keep_link(address: str) -> None:
+    """Whoever opens a link and turns the page finds there what the link has set.
+
+    Streamlit takes the values of widgets to the next page, but only those that it has seen in two runs.
+    """
+    state = st.session_state
+    opened = "address" not in state
+    turned = state.get("address") != address
+    state.address, link = address, state.pop("link", None)
+    if opened:
+        state.link = {key: st.query_params.get_all(key) for key in st.query_params}
+    elif link and turned:
+        st.query_params.from_dict(link)
+        del state.address  # the page opens with them
+        st.rerun()
 
 
 def _note_unknown_words(view: session.View) -> None:
@@ -125,7 +143,7 @@ def main() -> None:
     st.html(STYLE)
     pages = [
         st.Page(
-            on_page(module.page, of_prompt),
+            on_page(path, module.page, of_prompt),
             title=title,
             icon=f":material/{icon}:",
             url_path=path or None,
@@ -134,7 +152,9 @@ def main() -> None:
         for module, title, icon, path, of_prompt in PAGES
     ]
     # The first page's own address is "/"; somebody who types its name, as with the others, gets it too.
-    pages.append(st.Page(on_page(overview.page, True), title="Overview", url_path="overview", visibility="hidden"))
+    pages.append(
+        st.Page(on_page("overview", overview.page, True), title="Overview", url_path="overview", visibility="hidden")
+    )
     st.navigation(pages).run()
 
 

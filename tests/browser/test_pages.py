@@ -45,14 +45,17 @@ def test_a_link_to_a_page_as_the_first_request_of_a_server(open_page):
     no_exception(page)
 
 
-def test_the_first_page_opens_by_its_name_too(open_page):
-    page = open_page("overview", model=PACKAGED, prompt=PROMPT)
+def test_the_first_page_opens_by_its_name_and_what_a_link_sets_stays_when_pages_are_turned(open_page):
+    page = open_page("overview", model=PACKAGED, prompt=PROMPT, position="2", inside="memory")
     expect(page.get_by_role("heading", name="Overview", exact=True)).to_be_visible()
     expect(page.get_by_role("dialog")).to_have_count(0)
-    page.get_by_test_id("stSidebarNavLink").filter(has_text="Attention").click()
-    expect(page.get_by_role("heading", name="Attention", exact=True)).to_be_visible()
-    expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
-    expect(page.get_by_test_id("stSidebarNavLink")).to_have_count(8)
+    expect(page.get_by_test_id("stSidebarNavLink")).to_have_count(len(TITLES))
+    for title in ("Attention", "SSM state", "Overview"):
+        page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
+        expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+        expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
+        expect_query(page, model=PACKAGED, prompt=PROMPT.replace(" ", "+"), position="2")
+    expect(page.get_by_role("radio", name="memory")).to_be_checked()
     no_exception(page)
 
 
