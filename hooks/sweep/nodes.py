@@ -44,7 +44,8 @@ class Node:
     """What has a cell of its own: "head", "expert" (of ``expert_out``: what one expert adds to the stream), or None for
     the whole component. "auto": heads and experts where the component has them."""
     channels: int | None = None
-    """Cells are groups of as many neighbouring channels; of B and C, which have none, of the state's entries."""
+    """Cells are groups of as many neighbouring channels, of each head or expert where ``by`` tells them apart; of B and
+    C, which have none, of the state's entries."""
     window: int | None = None
     """Of ``ssm_state``: read-outs that see the patch; after them the state is that of the unpatched run again."""
     conv: bool = False
@@ -56,8 +57,6 @@ class Node:
                 raise InputError(f"{name}={value!r} must be a whole number of at least 1")
         if self.by not in ("auto", "head", "expert", None):
             raise InputError(f"by={self.by!r} must be 'head', 'expert', None or 'auto'")
-        if self.channels is not None and self.by not in ("auto", None):
-            raise InputError(f"channels={self.channels} with by={self.by!r}; a cell is one or the other")
 
     @property
     def name(self) -> str:
@@ -75,11 +74,13 @@ class Target:
     node: Node
     layer: int
     row: HookRow
-    axis: str | None
-    """The axis that cells are taken from, "expert" where they are experts' addends, None for all of it."""
-    units: int
-    """Cells at each position."""
-    width: int
+    axis: str | None = None
+    """The axis of heads or experts that have cells of their own, "expert" for experts' addends; None for all of it."""
+    units: int = 1
+    """How many there are."""
+    channel_axis: str | None = None
+    """The axis that groups of channels are taken from; None for all of them."""
+    width: int = 1
     """Of that axis."""
 
     @property
@@ -93,17 +94,39 @@ class Target:
 
     @property
     def unit_name(self) -> str:
-        """What its cells are called."""
-        return UNITS.get(self.axis, "channels")
+        """What its heads or experts are called."""
+        return UNITS.get(self.axis, "")
+
+    @property
+    def groups(self) -> int:
+        """Of channels; 1 where they are not told apart."""
+        return -(-self.width // self.node.channels) if self.channel_axis else 1
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """What tells the cells at a position apart: name and number, heads or experts before channels."""
+        named = {self.unit_name: self.units} if self.axis else {}
+        return named | ({"channels": self.groups} if self.channel_axis else {})
+
+    @property
+    def cells(self) -> int:
+        """At each position."""
+        return self.units * self.groups
+
+    def place(self, cell: int) -> tuple[int, ...]:
+        """Of a cell among ``axes``."""
+        unit, group = divmod(cell, self.groups)
+        return (unit,) * (self.axis is not None) + (group,) * (self.channel_axis is not None)
 
     @property
     def read_again(self) -> bool:
         """Whether a cell's values are told by the base run, too: see :func:`read_again`."""
         return self.tail in (MLP_OUT, EXPERT_OUT) or self.node.window is not None
 
-    def channels(self, unit: int) -> tuple[int, ...]:
-        """The channels of a cell that is a group of them."""
-        return tuple(range(unit * self.node.channels, min((unit + 1) * self.node.channels, self.width)))
+    def channels(self, cell: int) -> tuple[int, ...]:
+        """Those of a cell."""
+        first = cell % self.groups * (self.node.channels or 0)
+        return tuple(range(first, min(first + self.node.channels, self.width) if self.channel_axis else self.width))
 
 
 def targets(model: HookedJamba, node: Node | str, layers: Sequence[int] | None = None) -> list[Target]:
@@ -169,48 +192,54 @@ def _target(model: HookedJamba, node: Node, name: str) -> Target:
     sizes = dict(zip(row.axes, row.shape(model.config, 1, 1), strict=True))
     if model.config.d_conv == 1 and (node.conv or tail == CONV_STATE):
         raise HookError(f"{node.name}: with d_conv=1 a convolution remembers no inputs; patch the state alone")
+    channels = {}
     if node.channels:
         axis = next((a for field in ("channels", "states") for a in row.axes if a in AXES[field]), None)
-        if axis is None or any(a in row.axes for a in (*HEADS, "S")):
+        if axis is None or tail != EXPERT_OUT and "S" in row.axes:
             raise HookError(f"{node.name}: {name} has no channels to group; its axes are {' '.join(row.axes)}")
-        return Target(node, layer, row, axis, -(-sizes[axis] // node.channels), sizes[axis])
+        channels = dict(channel_axis=axis, width=sizes[axis])
     if tail == EXPERT_OUT and node.by != "expert" and node.by != "auto":
         raise HookError(f"{node.name}: slots hold different experts in different runs; patch mlp_out, or by='expert'")
     if tail == EXPERT_OUT:
-        return Target(node, layer, row, "expert", model.config.num_experts, model.config.num_experts)
+        return Target(node, layer, row, "expert", model.config.num_experts, **channels)
     letters = {"head": (*HEADS, "H2"), "expert": ("X",), "auto": HEADS, None: ()}[node.by]
     axis = next((a for a in row.axes if a in letters), None)
     if axis is None and node.by not in ("auto", None):
         raise HookError(f"{node.name}: {name} has no {node.by}s; its axes are {' '.join(row.axes)}")
-    return Target(node, layer, row, axis, sizes[axis] if axis else 1, sizes.get(axis, 1))
+    return Target(node, layer, row, axis, sizes.get(axis, 1), **channels)
 
 
 def interventions(
     model: HookedJamba,
     target: Target,
     positions: Sequence[int],
-    unit: int,
+    cell: int,
     source: Mapping[str, torch.Tensor],
     base: Mapping[str, torch.Tensor],
 ) -> list[Intervention]:
     """One cell of a sweep, to be run on its own: what the sweep computes by other means.
 
     Args:
-        unit: the head, the expert or the group of channels; 0 where a cell is the whole component.
+        cell: its number among the target's: of each head or expert all groups of channels, one after the other; 0
+            where a cell is the whole component.
         source, base: caches of the run whose values are put in, and of the run that they are put into, with the hook
             points of ``needed``.
     """
     node, layer, positions = target.node, target.layer, tuple(positions)
-    selection = {}
-    if node.channels:
-        selection["states" if target.axis == "N" else "channels"] = target.channels(unit)
-    elif target.axis in (*HEADS, "H2"):
+    selection, unit = {}, cell // target.groups
+    if target.tail == EXPERT_OUT:
+        change = expert_addend(source, layer, unit) - expert_addend(base, layer, unit)
+        if target.channel_axis:
+            chosen = torch.zeros(target.width, dtype=change.dtype, device=change.device)
+            chosen[list(target.channels(cell))] = 1
+            change = change * chosen
+        return [AddDirection("mlp_out", layer, positions, value=change[:, list(positions)])]
+    if target.channel_axis:
+        selection["states" if target.channel_axis == "N" else "channels"] = target.channels(cell)
+    if target.axis in (*HEADS, "H2"):
         selection["heads"] = unit
     elif target.axis == "X":
         selection["experts"] = unit
-    if target.tail == EXPERT_OUT:
-        change = expert_addend(source, layer, unit) - expert_addend(base, layer, unit)
-        return [AddDirection("mlp_out", layer, positions, value=change[:, list(positions)])]
     if target.tail != STATE:
         return [Patch.from_cache(model, source, target.tail, layer, positions=positions, **selection)]
     put = PinState.from_cache(model, source, layer, positions=positions, with_conv=node.conv, **selection)

@@ -11,12 +11,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jambascope.devices import index_tensor
 from jambascope.hook_point import At, HookPoint, StateEdit
 from jambascope.hook_table import HookRow
-from jambascope.hooks.sweep.nodes import CONV, CONV_STATE, EXPERT_OUT, HEADS, MIDDLE, MLP_OUT, ROUTE, STATE, Target
+from jambascope.hooks.sweep.nodes import CONV, CONV_STATE, EXPERT_OUT, MIDDLE, MLP_OUT, ROUTE, STATE, Target
 from jambascope.hooks.sweep.recorded import Base, Recording
 from jambascope.state import Run
 
@@ -36,7 +36,8 @@ class Row:
     """Index among the targets."""
     positions: tuple[int, ...]
     """Ascending; those after the last reading are not patched, but windows are counted from them."""
-    unit: int
+    cell: int
+    """Among the target's."""
     place: tuple
     """Where its result belongs: a name, the pair among all, and the rest of the axes."""
 
@@ -51,18 +52,18 @@ class Entries:
     pairs: Int[torch.Tensor, " entry"]
     """Of the base."""
     positions: list[int]
-    units: list[int]
+    cells: list[int]
     batch: int
     """Rows."""
 
     @classmethod
     def of(cls, rows: Sequence[Row], length: int, device: torch.device) -> Entries:
         each = [
-            (i, row.source, row.pair, p, row.unit) for i, row in enumerate(rows) for p in row.positions if p < length
+            (i, row.source, row.pair, p, row.cell) for i, row in enumerate(rows) for p in row.positions if p < length
         ]
-        at, sources, pairs, positions, units = zip(*each, strict=True)
+        at, sources, pairs, positions, cells = zip(*each, strict=True)
         tensors = (index_tensor(v, device) for v in (at, sources, pairs))
-        return cls(*tensors, list(positions), list(units), len(rows))
+        return cls(*tensors, list(positions), list(cells), len(rows))
 
 
 def by_target(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
@@ -78,7 +79,7 @@ def changed_stream(
     layer, tail, block = target.layer, target.tail, model.blocks[target.layer]
     if tail not in ("hook_attn_out", "hook_mixer_out", "hook_resid_mid", MLP_OUT, EXPERT_OUT, "hook_resid_post"):
         return None
-    if target.node.channels:
+    if target.channel_axis and tail != EXPERT_OUT:
         return None
     pairs = index_tensor([row.pair for row in rows], model.device)
     entries, after = Entries.of(rows, base.length, model.device), base.stream(layer + 1, pairs, start)
@@ -101,12 +102,20 @@ def _change_of_experts(
     base: Base, source: Recording, target: Target, entries: Entries
 ) -> Float[torch.Tensor, "entry d_model"]:
     """What patches of single experts add to what the feed-forward had written."""
-    units = index_tensor(entries.units, entries.rows.device)
+    cells = index_tensor(entries.cells, entries.rows.device)
     new, old = (
-        _expert_addends(recording, target.layer, prompts, entries.positions, units)
+        _expert_addends(recording, target.layer, prompts, entries.positions, cells // target.groups)
         for recording, prompts in ((source, entries.prompts), (base.recording, entries.pairs))
     )
-    return new - old
+    if target.channel_axis is None:
+        return new - old
+    return torch.where(_in_group(target, cells), new - old, 0.0)
+
+
+def _in_group(target: Target, cells: Int[torch.Tensor, " entry"]) -> Bool[torch.Tensor, "entry channel"]:
+    """Which channels belong to each cell."""
+    channels = torch.arange(target.width, device=cells.device)
+    return channels // target.node.channels == (cells % target.groups)[:, None]
 
 
 def _expert_addends(
@@ -145,23 +154,21 @@ def patch_hooks(
 
 def _put(source: Recording, target: Target, entries: Entries, row: HookRow) -> At:
     """A hook that puts the values of a hook point of the target's layer in, each entry in its row."""
-    name, axis, axes, unit = row.name.format(L=target.layer), target.axis, row.axes, None
-    value = source.values[name]
+    name, axes, value = row.name.format(L=target.layer), row.axes, source.values[row.name.format(L=target.layer)]
     if target.tail == STATE and row != target.row:
         axes = (*axes[:-1], "E")  # of Mamba-2 the convolution is wider: the channels of the state are its first
-    if target.node.channels:
-        size, last = target.node.channels, target.width - 1
-        groups = [[min(u * size + i, last) for i in range(size)] for u in entries.units]
-        unit = index_tensor([c for group in groups for c in group], value.device).view(-1, size)
-    elif axis in (*HEADS, "H2", "X"):
-        unit = index_tensor(entries.units, value.device)
+    cells = index_tensor(entries.cells, value.device)
+    units = {target.axis: cells // target.groups} if target.axis else {}
+    channels = {}
+    if target.channel_axis:
+        within = torch.arange(target.node.channels, device=value.device)
+        first = (cells % target.groups * target.node.channels)[:, None]
+        channels = {target.channel_axis: (first + within).clamp(max=target.width - 1)}
 
     def index(rows: torch.Tensor, places: Sequence[int]) -> tuple:
-        found = {"B": rows, "T": index_tensor(places, value.device)}
-        if unit is not None and unit.ndim == 2:
-            found = {axis: i[:, None] for axis, i in found.items()}
-        if unit is not None:
-            found[axis] = unit
+        found = {"B": rows, "T": index_tensor(places, value.device)} | units
+        if channels:
+            found = {axis: i[:, None] for axis, i in found.items()} | channels
         return tuple(found.get(a, slice(None)) for a in axes)
 
     new = value[index(entries.prompts, source.places(name, entries.positions))]
@@ -191,9 +198,8 @@ def _state_edit(base: Base, source: Recording, target: Target, entries: Entries,
         at = index_tensor([where[p] for p in e.positions], like.device)
         new = recording.values[target.name][prompts, :, places]  # [entry E N]
         mine = like.new_ones(len(new), n_channels, dtype=torch.bool)
-        if target.node.channels:
-            units = torch.arange(n_channels, device=like.device) // target.node.channels
-            mine = units[None] == index_tensor(e.units, like.device)[:, None]
+        if target.channel_axis:
+            mine = _in_group(target, index_tensor(e.cells, like.device))
         scale[e.rows, :, at] = torch.where(mine[..., None], 0.0, scale[e.rows, :, at])
         shift[e.rows, :, at] = torch.where(mine[..., None], new, shift[e.rows, :, at])
     return StateEdit(positions, scale, shift)
@@ -204,13 +210,13 @@ def _entries_after(base: Base, target: Target, rows: Sequence[Row], n: int, devi
     if target.node.window is None:
         return None
     each = [
-        (i, row.pair, end, row.unit)
+        (i, row.pair, end, row.cell)
         for i, row in enumerate(rows)
         for end in range(row.positions[-1] + target.node.window, row.positions[-1] + target.node.window + n)
         if end < base.length
     ]
     if not each:
         return None
-    at, pairs, positions, units = zip(*each, strict=True)
+    at, pairs, positions, cells = zip(*each, strict=True)
     prompts = index_tensor(pairs, device)
-    return Entries(index_tensor(at, device), prompts, prompts, list(positions), list(units), len(rows))
+    return Entries(index_tensor(at, device), prompts, prompts, list(positions), list(cells), len(rows))

@@ -108,7 +108,7 @@ def path_patch(
 def _senders(chosen: list[list[Target]]) -> Iterator[Sender]:
     for of_node in chosen:
         for target in of_node:
-            if target.tail not in WRITERS or target.node.channels or (target.tail == "attn.hook_z" and not target.axis):
+            if target.tail not in WRITERS or target.channel_axis or (target.tail == "attn.hook_z" and not target.axis):
                 raise HookError(
                     f"senders: {target.node.name} does not write to the stream; "
                     "give z, attn_out, mixer_out, mlp_out or expert_out"

@@ -99,6 +99,8 @@ class Effects:
 
 
 _NUMBERS = ("value", "effect", "clean", "corrupted", "direction", "complete")
+_WITHIN = ("unit", "group")
+"""Columns of the axes by which cells at one position are told apart."""
 _ABOUT = b"jambascope"
 
 
@@ -113,14 +115,15 @@ class KnockOuts(Effects):
 
 
 class PatchSweep(Effects):
-    """The metrics of every cell of a sweep: ``values`` by node, with axes metric, pair, layer, position, and head,
-    expert or channels where cells are those."""
+    """The metrics of every cell of a sweep: ``values`` by node, with axes metric, pair, layer, position, and head or
+    expert, and channels where cells are told apart by them. In the table ``unit`` is the first of the latter, ``group``
+    that of the channels of a head or an expert, and ``of`` says what they are."""
 
     def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
-        unit = next(iter(values.dims[4:]), None)
-        frame = frame.rename(columns={unit: "unit"}) if unit else frame.assign(unit=0)
-        columns = ["node", "layer", "position", "of", "unit", "metric", "pair", *_NUMBERS]
-        return frame.assign(node=name, of=unit or "")[columns]
+        axes = values.dims[4:]
+        frame = frame.assign(node=name, of=", ".join(axes), unit=0, group=0)
+        frame = frame.assign(**{column: frame[axis] for column, axis in zip(_WITHIN, axes, strict=False)})
+        return frame[["node", "layer", "position", "of", *_WITHIN, "metric", "pair", *_NUMBERS]]
 
     @classmethod
     def load(cls, path: str | Path) -> PatchSweep:
@@ -145,7 +148,7 @@ class PatchSweep(Effects):
         return cls(values, **ends, direction=about["direction"], complete=about["complete"])
 
     def top(self, k: int = 10, metric: str | None = None) -> pd.DataFrame:
-        """The cells with the largest mean effect over pairs, by size: node, layer, position, of, unit, effect.
+        """The cells with the largest mean effect over pairs, by size: node, layer, position, of, unit, group, effect.
 
         Args:
             metric: the first when None.
@@ -158,15 +161,16 @@ class PatchSweep(Effects):
             raise InputError(f"metric={metric!r} was not measured; this sweep has {', '.join(names)}")
         table = self.table()
         table = table[table["metric"] == (metric or names[0])]
-        cells = table.groupby(["node", "layer", "position", "of", "unit"], sort=False)["effect"].mean().reset_index()
+        cell = ["node", "layer", "position", "of", *_WITHIN]
+        cells = table.groupby(cell, sort=False)["effect"].mean().reset_index()
         return cells.iloc[np.argsort(-cells["effect"].abs().fillna(-1).to_numpy(), kind="stable")[:k]]
 
 
 def _filled(cells: pd.DataFrame, axes: dict[str, list]) -> xr.DataArray:
     """Rows of a table as an array; NaN where there is none."""
     values = xr.DataArray(np.full([len(labels) for labels in axes.values()], np.nan), axes, list(axes))
-    columns = [*axes][:4] + ["unit"] * (len(axes) - 4)
-    places = (pd.Index(values[d].values).get_indexer(cells[c]) for d, c in zip(axes, columns, strict=True))
+    columns = [*[*axes][:4], *_WITHIN]
+    places = (pd.Index(values[d].values).get_indexer(cells[c]) for d, c in zip(axes, columns, strict=False))
     values.values[tuple(places)] = cells["value"]
     return values
 

@@ -132,11 +132,11 @@ def _estimates(question: Question, cells: Cells, at_once: int) -> dict[str, np.n
     positions = sorted(p for (p,) in cells.positions if p < question.length)
     found = []
     for of_node in cells.nodes:
-        shape = model.config.n_layers, len(cells.positions), max(t.units for t in of_node)
+        shape = model.config.n_layers, len(cells.positions), *of_node[0].axes.values()
         found.append(np.full(shape, np.nan))
         for target in of_node:
-            found[-1][target.layer, :, : target.units] = 0.0
-    axes = sorted({"T", *(target.axis for target in cells.targets if target.axis)})
+            found[-1][target.layer] = 0.0
+    axes = sorted({"T", *(a for t in cells.targets for a in (t.axis, t.channel_axis) if a)})
     columns = [i for i, (p,) in enumerate(cells.positions) if p < question.length]
     order = [positions.index(cells.positions[i][0]) for i in columns]
     names = [target.name for target in cells.targets]
@@ -151,13 +151,8 @@ def _estimates(question: Question, cells: Cells, at_once: int) -> dict[str, np.n
         )
         for n, of_node in enumerate(cells.nodes):
             for target in of_node:
-                share = _by_unit(result.estimates[target.name], target)[order]
-                found[n][target.layer, columns, : target.units] += share
-    by_name = {of_node[0].node.name: values for of_node, values in zip(cells.nodes, found, strict=True)}
-    return {
-        name: values if of_node[0].axis else values[..., 0]
-        for (name, values), of_node in zip(by_name.items(), cells.nodes, strict=True)
-    }
+                found[n][target.layer, columns] += _by_cell(result.estimates[target.name], target)[order]
+    return {of_node[0].node.name: values for of_node, values in zip(cells.nodes, found, strict=True)}
 
 
 def _pairs_at_once(question: Question, cells: Cells, max_bytes: int) -> int:
@@ -180,16 +175,14 @@ def _mean_share(measure: Measure, reads: list[int], pairs: torch.Tensor) -> Call
     return lambda logits: measure(logits[:, reads], pairs)[0].sum() / measure.question.pairs
 
 
-def _by_unit(estimate, target: Target) -> np.ndarray:
-    """[position unit]"""
+def _by_cell(estimate, target: Target) -> np.ndarray:
+    """[position, and heads or experts, and groups of channels where cells are told apart by them]"""
     values, axes = estimate.values, list(estimate.axes)
-    for axis in [a for a in axes if a not in ("T", target.axis)]:
+    kept = ["T", *(axis for axis in (target.axis, target.channel_axis) if axis)]
+    for axis in [a for a in axes if a not in kept]:
         values = values.sum(axes.index(axis))
         axes.remove(axis)
-    if target.axis is None:
-        return values[:, None].double().cpu().numpy()
-    values = values.movedim(axes.index("T"), 0).double().cpu().numpy()
-    if not target.node.channels:
-        return values
-    edges = range(0, values.shape[1], target.node.channels)
-    return np.add.reduceat(values, list(edges), axis=1)
+    values = values.permute([axes.index(axis) for axis in kept]).double().cpu().numpy()
+    if target.channel_axis:
+        values = np.add.reduceat(values, list(range(0, target.width, target.node.channels)), axis=-1)
+    return values

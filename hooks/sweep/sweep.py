@@ -1,6 +1,6 @@
 """``patch_sweep``: patch every cell of chosen components, in a fraction of a forward pass for each.
 
-A cell is a node, a layer, a position (or several together), and a head, an expert or a group of channels. What it
+A cell is a node, a layer, a position (or several together), a head or an expert, and a group of channels. What it
 costs: a cell at layer l and position p of L layers and P positions needs (L - l) / L of the depth and (P - p) / P of
 the width, so a quarter of a forward pass on average; cells before the first token in which the prompts differ, or after
 the last position that the metrics read, need nothing.
@@ -96,7 +96,7 @@ class Cells:
         self.targets = [target for of_node in self.nodes for target in of_node]
 
     def rows(self, same_up_to: Sequence[int]) -> Iterator[Row]:
-        """Every cell of every pair; its place is (node, pair, layer, index of the positions, unit if it has one).
+        """Every cell of every pair; its place is (node, pair, layer, index of the positions, *place in the target).
 
         Where a pair is the same there is nothing to patch: rows begin at its first difference.
         """
@@ -106,9 +106,9 @@ class Cells:
                 for pair, first in enumerate(same_up_to):
                     for i, positions in enumerate(self.positions):
                         positions = tuple(p for p in positions if p >= first) or positions
-                        for unit in range(target.units):
-                            place = (target.node.name, pair, target.layer, i, unit)
-                            yield Row(pair, pair, index, positions, unit, place if target.axis else place[:-1])
+                        for cell in range(target.cells):
+                            place = (target.node.name, pair, target.layer, i, *target.place(cell))
+                            yield Row(pair, pair, index, positions, cell, place)
                 index += 1
 
 
@@ -129,8 +129,7 @@ class Sweep(Running):
         labels = [_label(positions) for positions in cells.positions]
         for of_node in cells.nodes:
             coords = {"layer": list(range(self.model.config.n_layers)), "position": labels}
-            if of_node[0].axis:
-                coords[of_node[0].unit_name] = list(range(max(target.units for target in of_node)))
+            coords |= {name: list(range(count)) for name, count in of_node[0].axes.items()}
             self.add(of_node[0].node.name, coords)
         self._same_up_to = question.same_up_to
         rows = [row for row in cells.rows(self._same_up_to) if wanted(row)]

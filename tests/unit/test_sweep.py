@@ -48,15 +48,15 @@ def read(logits: torch.Tensor) -> torch.Tensor:
 
 
 def naive(model, node, positions, direction="denoise", metric=read):
-    """[pair layer position unit], NaN in layers that lack the node."""
+    """[pair layer position cell], NaN in layers that lack the node."""
     clean, corrupted = pairs()
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     names = [name for name, row in model.hook_rows.items() if name.startswith("blocks.")]
     cached = [model.run_with_cache(tokens, names_filter=names)[1] for tokens in (source, base)]
     found = targets(model, node)
-    values = np.full((2, model.config.n_layers, len(positions), max(t.units for t in found)), np.nan)
+    values = np.full((2, model.config.n_layers, len(positions), max(t.cells for t in found)), np.nan)
     for target in found:
-        for (i, cell), unit in itertools.product(enumerate(positions), range(target.units)):
+        for (i, cell), unit in itertools.product(enumerate(positions), range(target.cells)):
             patched = run(model, base, interventions(model, target, cell, unit, *cached)).logits
             values[:, target.layer, i, unit] = metric(patched).detach().numpy()
     return values
@@ -101,6 +101,11 @@ NODES = {
     "groups of y": Node("y", channels=32),
     "groups of B": Node("mixer.hook_B", channels=3),
     "all heads together": Node("z", by=None),
+    "groups of channels of each head": Node("z", channels=3),
+    "groups of channels of each key head": Node("k", by="head", channels=5),
+    "groups of channels of all heads": Node("q", by=None, channels=4),
+    "groups of channels of what each head adds": Node("result", channels=20),
+    "groups of channels of what each expert adds": Node("expert_out", channels=11),
     "router weight by expert": Node("expert_weights", by="expert"),
     "dt": "dt",
 }
@@ -200,6 +205,8 @@ OPTIONS = [
     *(Node("ssm_state", channels=20, window=window, conv=conv) for window in (None, 2) for conv in (False, True)),
     *(Node(component, by="expert") for component in ("router_logits", "expert_weights", "expert_out")),
     *(Node(component, by="head") for component in ("q", "k", "v", "attn.hook_z", "pattern", "attn_scores", "result")),
+    *(Node(component, channels=3) for component in ("q", "v", "attn.hook_z", "result", "expert_out")),
+    *(Node(component, by=None, channels=5) for component in ("k", "attn.hook_z")),
     *(Node(component, by=None) for component in ("q", "pattern", "attn.hook_z", "router_logits", "expert_weights")),
 ]
 
@@ -331,11 +338,12 @@ REFUSED = {
     "layer without": (dict(nodes="ssm_state", layers=[1]), "layer=1: layer 1 is an attention layer"),
     "route": (dict(nodes="expert_indices"), "patch router_logits or expert_weights"),
     "window": (dict(nodes=Node("resid_pre", window=2)), "window and conv are of ssm_state"),
-    "channels": (dict(nodes=Node("z", channels=2)), "has no channels to group"),
+    "channels": (dict(nodes=Node("pattern", channels=2)), "has no channels to group"),
+    "heads' channels": (dict(nodes=Node("y", by="head", channels=2)), "has no heads"),
     "no heads": (dict(nodes=Node("resid_pre", by="head")), "has no heads"),
     "no layer": (dict(nodes="logits"), "belongs to no layer"),
     "twice": (dict(nodes=["z", "z"]), "'z' is given twice"),
-    "experts' channels": (dict(nodes=Node("expert_out", channels=2)), "has no channels to group"),
+    "experts' channels": (dict(nodes=Node("router_logits", channels=2)), "has no channels to group"),
     "no layers": (dict(layers=[]), "holds nothing; leave it out"),
     "one layer": (dict(layers=1), "must be a list of layers"),
     "layer from the end": (dict(layers=[-1]), "this model has layers 0..3, not -1"),

@@ -95,7 +95,8 @@ def test_edges_that_cannot_be_are_refused(change, message, model_of_kind):
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_the_screen_estimates_all_and_patches_the_largest(direction, model_of_kind):
-    model, nodes = model_of_kind("hybrid"), ["z", "mlp_out", Node("ssm_state", channels=8)]
+    model = model_of_kind("hybrid")
+    nodes = ["z", "mlp_out", Node("ssm_state", channels=8), Node("q", channels=5)]
     found = screen(model, *TOKENS, DIFFERENCE, nodes, top=7, positions=[4, 1, 2], direction=direction, progress=False)
     whole = patch_sweep(model, *TOKENS, DIFFERENCE, nodes, positions=[4, 1, 2], direction=direction, progress=False)
     base, source = TOKENS.flip(0) if direction == "denoise" else TOKENS
@@ -113,11 +114,12 @@ def test_the_screen_estimates_all_and_patches_the_largest(direction, model_of_ki
     assert patched == 7 and -1 <= found.correlation <= 1
 
 
-def test_groups_of_channels_add_up(model_of_kind):
+@pytest.mark.parametrize("component", ["mixer.hook_y", "z"])
+def test_groups_of_channels_add_up(component, model_of_kind):
     model = model_of_kind("hybrid")
     whole, groups = (
         screen(model, *TOKENS, DIFFERENCE, node, top=1, progress=False).estimates
-        for node in (Node("mixer.hook_y"), Node("mixer.hook_y", channels=5))
+        for node in (Node(component), Node(component, channels=5))
     )
     (whole,), (groups,) = whole.values(), groups.values()
     np.testing.assert_allclose(groups.sum("channels", skipna=False), whole, rtol=1e-9)

@@ -136,7 +136,7 @@ def test_progress_rises_to_one_as_results_fill_in(sweep, model_of_kind, monkeypa
 @pytest.mark.parametrize("options", [{}, {"positions": [(0, 1), 3], "direction": "noise"}], ids=["all", "some"])
 def test_what_is_saved_is_loaded(options, model_of_kind, monkeypatch, tmp_path):
     monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 40)
-    nodes = ["z", "resid_pre", Node("y", channels=20)]
+    nodes = ["z", "resid_pre", Node("y", channels=20), Node("z", channels=3)]
     found = patch_sweep(
         model_of_kind("hybrid"), CLEAN, CORRUPTED, [DIFFERENCE, rank(5)], nodes, progress=lambda share, _: share < 0.8,
         **options,
@@ -151,6 +151,20 @@ def test_what_is_saved_is_loaded(options, model_of_kind, monkeypatch, tmp_path):
     table = loaded.table()
     assert set(table["direction"]) == {found.direction} and not table["complete"].any()
     pd.testing.assert_frame_equal(table, found.table())
+
+
+def test_heads_and_their_channels_are_two_axes(model_of_kind):
+    model = model_of_kind("hybrid")
+    found = patch_sweep(model, CLEAN, CORRUPTED, DIFFERENCE, Node("z", channels=3), positions=[2, 4], progress=False)
+    (values,) = found.values.values()
+    heads, groups = model.config.n_heads, -(-model.config.d_head // 3)
+    assert values.dims == ("metric", "pair", "layer", "position", "head", "channels")
+    assert values.shape[2:] == (4, 2, heads, groups)
+    table = found.table()
+    assert set(table["of"]) == {"head, channels"} and set(table["group"]) == set(range(groups))
+    row = table.iloc[7]
+    cell = values.sel(layer=row["layer"], position=row["position"], head=row["unit"], channels=row["group"])
+    assert float(cell[0, 0]) == row["value"]
 
 
 def test_what_was_never_measured_is_saved_too(model_of_kind, tmp_path):
