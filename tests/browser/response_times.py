@@ -1,4 +1,4 @@
-"""How long each page of the prompt takes to answer a new one, in headless Chromium: ``python tests/browser/response_times.py``.
+"""How long the pages take to answer a new prompt, in headless Chromium: ``python tests/browser/response_times.py``.
 
 From the key press until the page's script has run, figures included, and the browser has drawn them: the median of a
 few prompts that nobody asked about before, on a model that is loaded.
