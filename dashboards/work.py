@@ -86,7 +86,8 @@ class Job:
     def seconds_left(self) -> float | None:
         """By what the share done took; None while that says little."""
         took = time.monotonic() - self._began
-        return took / self.share * (1 - self.share) if self.share > 0.02 and took > 1 else None
+        tells = took > 1 and self.share > 0.02 or took > 20 and self.share > 0
+        return took / self.share * (1 - self.share) if tells else None
 
     def report(self, share: float, text: str = "", value: Any = None) -> bool:
         self.share, self.text = min(max(float(share), 0.0), 1.0), text or self.text
@@ -187,11 +188,20 @@ def result(
     return job.result
 
 
+def readable_time(seconds: float) -> str:
+    """In the largest unit that is not less than two of it."""
+    unit, length = next(((u, n) for u, n in (("h", 3600), ("min", 60)) if seconds >= 2 * n), ("s", 1))
+    return f"{max(1, round(seconds / length))} {unit}"
+
+
 def _asked(start: str, slot: str, about: str) -> bool:
-    with st.container(horizontal=True, vertical_alignment="center"):
+    place = st.empty()
+    with place.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button(start, key=f"{slot} start", type="primary", icon=":material/play_arrow:")
         if about:
             st.caption(about)
+    if pressed:
+        place.empty()  # its progress stands there now
     return pressed
 
 
@@ -213,7 +223,7 @@ def _progress(job: Job) -> None:
     if job.over:
         st.rerun()
     left = job.seconds_left()
-    words = [job.text, f"{job.share:.0%}", "" if left is None else f"about {max(1, round(left))} s left"]
+    words = [job.text, f"{job.share:.0%}", "" if left is None else f"about {readable_time(left)} left"]
     bar, button = st.columns([10, 1], vertical_alignment="bottom")
     bar.progress(job.share, text=widgets.plain(" · ".join(word for word in words if word)))
     if button.button("Stop", key=f"{job.key[0]} stop", icon=":material/stop:"):

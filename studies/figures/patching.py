@@ -23,6 +23,8 @@ from jambascope.studies.figures.theme import (
     token_axis,
 )
 
+HALF_A_PAGE = 78
+"""Letters of a subtitle: maps stand two by two."""
 MAX_COLUMNS = 256
 """Maps of more positions are pooled."""
 BETWEEN = "#009E73"
@@ -129,7 +131,7 @@ def cell_map(
         line = {"color": SELECTED, "width": 2.5}
         fig.add_shape(type="rect", x0=c - half, x1=c + half, y0=r - 0.5, y1=r + 0.5, line=line)
     each = max(18, min(28, 560 // len(rows)))
-    frame(fig, title, subtitle, height=215 + max(90, each * len(rows)), plot_bgcolor=BLANK)
+    frame(fig, title, subtitle, height=215 + max(90, each * len(rows)), room=HALF_A_PAGE, plot_bgcolor=BLANK)
     fig.update_xaxes(token_axis(tokens, start, "patched token (position)", room=40))
     axis = integer_axis(range(len(rows)), row_title)
     fig.update_yaxes(axis | {"ticktext": [rows[i] for i in axis["tickvals"]]})

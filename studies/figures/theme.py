@@ -7,6 +7,7 @@ cividis for shares, red to blue centred on zero for signed values (blue is posit
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -119,14 +120,23 @@ def signed_limit(values: Float[np.ndarray, ...], share: float = 0.995) -> float:
     return float(np.quantile(magnitudes, share)) or float(magnitudes.max()) or 1.0
 
 
-def frame(fig: go.Figure, title: str, subtitle: str = "", height: int = 360, **layout) -> go.Figure:
-    """Title, subtitle, size and margins; backgrounds stay transparent."""
+def frame(
+    fig: go.Figure, title: str, subtitle: str = "", height: int = 360, room: int | None = None, **layout
+) -> go.Figure:
+    """Title, subtitle, size and margins; backgrounds stay transparent.
+
+    Args:
+        room: letters of the subtitle that a line has place for; the height is that of a figure with one line.
+    """
+    if room is not None:
+        subtitle = "<br>".join(textwrap.wrap(subtitle, room))
+    more = 17 * subtitle.count("<br>")
     text = {"text": title, "subtitle": {"text": subtitle, "font": {"size": 13}}}
     place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "yref": "container", "pad": {"t": 10}}
     fig.update_layout(
         title=text | place,
-        height=height,
-        margin={"l": 60, "r": 20, "t": 78 if subtitle else 56, "b": 60},
+        height=height + more,
+        margin={"l": 60, "r": 20, "t": 78 + more if subtitle else 56, "b": 60},
         paper_bgcolor="rgba(0,0,0,0)",
         hoverlabel={"font": {"family": "monospace"}, "align": "left"},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},

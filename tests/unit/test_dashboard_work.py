@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -197,6 +198,9 @@ def test_reports_stay_within_bounds_and_keep_what_they_had():
     job._began -= 10
     job.report(0.25)
     assert job.seconds_left() == pytest.approx(30, rel=0.05)
+    job._began, job.share = time.monotonic() - 30, 0.001
+    assert work.readable_time(job.seconds_left()) == "8 h"  # long before a hundredth is done
+    assert [work.readable_time(s) for s in (0.2, 119, 121, 7199, 7201)] == ["1 s", "119 s", "2 min", "120 min", "2 h"]
     job.stop()
     assert job.report(0.5) is False
 
