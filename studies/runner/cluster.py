@@ -102,7 +102,9 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as e:
-        raise ConfigError(f"--ray {address}: no cluster could be reached or started ({e})") from None
+        # Ray's own message does not say that it was refused for want of the token that `ray start` makes.
+        remedy = "" if address == LOCAL else "; where the cluster asks for a token, set RAY_AUTH_MODE=token"
+        raise ConfigError(f"--ray {address}: no cluster could be reached or started ({e}){remedy}") from None
     try:
         yield
     finally:
