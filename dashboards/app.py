@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import streamlit as st
+from streamlit.errors import StreamlitAPIException
 
 from jambascope.dashboards import session, widgets
 from jambascope.dashboards.pages import attention, formats, induction, overview, patching, router, runs, ssm_state
@@ -88,6 +90,7 @@ def on_page(address: str, render: Callable[..., None], of_prompt: bool) -> Calla
     """A page for st.navigation; its errors are one line.
 
     Args:
+        address: tells it from the others.
         render: the page, given a view that is made when it runs; nothing where it is not ``of_prompt``.
     """
 
@@ -111,7 +114,8 @@ def on_page(address: str, render: Callable[..., None], of_prompt: bool) -> Calla
 def _keep_link(address: str) -> None:
     """Whoever opens a link and turns the page finds there what the link has set.
 
-    Streamlit takes the values of widgets to the next page, but only those that it has seen in two runs.
+    Streamlit takes the values of widgets to the next page, but only those that it has seen in two runs; the first run
+    on a page that is opened by a link is often the only one.
     """
     state = st.session_state
     opened = "address" not in state
@@ -120,7 +124,9 @@ def _keep_link(address: str) -> None:
     if opened:
         state.link = {key: st.query_params.get_all(key) for key in st.query_params}
     elif link and turned:
-        st.query_params.from_dict(link)
+        for key, values in link.items():
+            with suppress(StreamlitAPIException):  # still held by a widget of the last page: not in the URL any more
+                st.query_params[key] = values
         del state.address  # the page opens with them
         st.rerun()
 

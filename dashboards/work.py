@@ -207,14 +207,18 @@ def _asked(start: str, slot: str, about: str) -> bool:
 
 def _wanted_anew(job: Job, start: str, slot: str) -> bool:
     """Say how a computation ended, and whether its reader wants it once more."""
-    if isinstance(job.problem, JambascopeError):
-        widgets.error(job.problem)
-    elif job.problem is not None:
-        raise job.problem
-    with st.container(horizontal=True, vertical_alignment="center"):
-        again = st.button(start, key=f"{slot} again", icon=":material/refresh:")
-        if job.problem is None:
-            st.caption(f"Stopped at {job.share:.0%}: what is shown is what was known by then.")
+    place = st.empty()
+    with place.container():
+        if isinstance(job.problem, JambascopeError):
+            widgets.error(job.problem)
+        elif job.problem is not None:
+            raise job.problem
+        with st.container(horizontal=True, vertical_alignment="center"):
+            again = st.button(start, key=f"{slot} again", icon=":material/refresh:")
+            if job.problem is None:
+                st.caption(f"Stopped at {job.share:.0%}: what is shown is what was known by then.")
+    if again:
+        place.empty()
     return again
 
 

@@ -41,7 +41,7 @@ def page(view: View) -> None:
     part = widgets.choose("Look inside", (LENS, ATTRIBUTION, MEMORY), "inside")
     start, tokens = 0, None
     if part == LENS:
-        start = _lens(view, position, k)
+        start = _lens(view, position, result.likeliest)
     elif part == ATTRIBUTION:
         tokens = _attribution(view, position)
     else:
@@ -108,7 +108,7 @@ def _next_token_table(view: View, result: results.Predictions, position: int) ->
     widgets.table(rows, "next_tokens", columns, height="content")
 
 
-def _lens(view: View, position: int, k: int) -> int:
+def _lens(view: View, position: int, likeliest: int) -> int:
     """What each layer would predict; the first position that is shown."""
     left, right = st.columns(2, gap="medium")
     with left:
@@ -118,7 +118,7 @@ def _lens(view: View, position: int, k: int) -> int:
         widgets.keep_within("lens_from", 0, latest)
         start = right.slider("First position", 0, latest, latest, key="lens_from", bind="query-params")
         note = f"{results.WINDOW} of {len(view.ids):,} positions; "
-    lens = results.lens(view, start, k)
+    lens = results.lens(view, start, likeliest)
     tokens = view.texts[start : start + results.WINDOW]
     fig = logit_lens(lens, tokens, quantity, position, note)
     widgets.show(fig, "logit_lens", on_select=_take_click, selection_mode="points")

@@ -35,6 +35,8 @@ class Predictions:
     """[T-1], nats."""
     entropy: np.ndarray
     """[T], nats."""
+    likeliest: int
+    """The model's own next token after the prompt."""
     candidates: list[predictions.NextToken]
     """At the chosen position."""
     next_rank: int | None
@@ -50,6 +52,7 @@ def _predict(key: tuple, position: int, k: int, _view: View) -> Predictions:
     return Predictions(
         predictions.surprisal(logits, tokens).cpu().numpy(),
         predictions.entropy(logits).cpu().numpy(),
+        int(logits[-1].argmax()),
         predictions.next_tokens(_view.model, logits[position], k),
         None if last else predictions.rank_of(logits[position], _view.ids[position + 1]),
     )
@@ -162,13 +165,12 @@ def _entry(model: HookedJamba, label: str) -> str:
     return f"{kind} {layer - 1}"
 
 
-def lens(view: View, start: int, k: int) -> Lens:
-    """At most ``WINDOW`` positions from ``start`` on; at the last one the model's own next token is followed.
+def lens(view: View, start: int, likeliest: int) -> Lens:
+    """At most ``WINDOW`` positions from ``start`` on.
 
     Args:
-        k: of ``predict`` at the last position, whose result is taken when it is there.
+        likeliest: the model's own next token, which is followed at the last position.
     """
-    likeliest = predict(view, len(view.ids) - 1, k).candidates[0].token_id
     return _lens(view.key, start, likeliest, view)
 
 

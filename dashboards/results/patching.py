@@ -122,7 +122,7 @@ def targets_of(model: HookedJamba, asked: Asked, kind: str) -> list[Target]:
 def cells_of(model: HookedJamba, asked: Asked, first: int) -> int:
     """How many patches a sweep is, of prompts that are the same before ``first``."""
     positions = max(0, asked.positions[1] + 1 - max(first, asked.positions[0]))
-    return sum(t.units * positions for kind in asked.kinds for t in targets_of(model, asked, kind))
+    return sum(t.cells * positions for kind in asked.kinds for t in targets_of(model, asked, kind))
 
 
 def parts_of(model: HookedJamba, asked: Asked) -> list[tuple[list[str], list[int] | None]]:

@@ -75,7 +75,7 @@ class Engine:
     def _enters(self, row: Row) -> bool:
         """Whether a row's patch is of what enters its layer."""
         target = self.targets[row.target]
-        return target.tail == "hook_resid_pre" and not target.node.channels
+        return target.tail == "hook_resid_pre" and target.channel_axis is None
 
     def _patched_stream(self, layer: int, rows: list[Row], start: int) -> torch.Tensor:
         pairs = index_tensor([row.pair for row in rows], self.model.device)

@@ -124,9 +124,9 @@ class Target:
         return self.tail in (MLP_OUT, EXPERT_OUT) or self.node.window is not None
 
     def channels(self, cell: int) -> tuple[int, ...]:
-        """Those of a cell."""
-        first = cell % self.groups * (self.node.channels or 0)
-        return tuple(range(first, min(first + self.node.channels, self.width) if self.channel_axis else self.width))
+        """Those of a cell that is a group of them."""
+        first = cell % self.groups * self.node.channels
+        return tuple(range(first, min(first + self.node.channels, self.width)))
 
 
 def targets(model: HookedJamba, node: Node | str, layers: Sequence[int] | None = None) -> list[Target]:
@@ -159,6 +159,11 @@ def targets_of(
     found = [targets(model, node) for node, point in zip(DEFAULT, points, strict=True) if point in tails]
     within = [[t for t in of_node if layers is None or t.layer in layers] for of_node in found]
     return [of_node for of_node in within if of_node]
+
+
+def axes_of(of_node: Sequence[Target]) -> dict[str, int]:
+    """What tells cells at a position apart in all layers of a node, whose widths may differ: name and largest count."""
+    return {name: max(target.axes[name] for target in of_node) for name in of_node[0].axes}
 
 
 def distinct(field: str, given: str | Node | Iterable[str | Node]) -> list[str | Node]:

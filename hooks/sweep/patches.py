@@ -154,7 +154,8 @@ def patch_hooks(
 
 def _put(source: Recording, target: Target, entries: Entries, row: HookRow) -> At:
     """A hook that puts the values of a hook point of the target's layer in, each entry in its row."""
-    name, axes, value = row.name.format(L=target.layer), row.axes, source.values[row.name.format(L=target.layer)]
+    name, axes = row.name.format(L=target.layer), row.axes
+    value = source.values[name]
     if target.tail == STATE and row != target.row:
         axes = (*axes[:-1], "E")  # of Mamba-2 the convolution is wider: the channels of the state are its first
     cells = index_tensor(entries.cells, value.device)

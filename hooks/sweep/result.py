@@ -116,8 +116,9 @@ class KnockOuts(Effects):
 
 class PatchSweep(Effects):
     """The metrics of every cell of a sweep: ``values`` by node, with axes metric, pair, layer, position, and head or
-    expert, and channels where cells are told apart by them. In the table ``unit`` is the first of the latter, ``group``
-    that of the channels of a head or an expert, and ``of`` says what they are."""
+    expert, and channels where cells are told apart by them. In the table ``of`` names
+    these axes, ``unit`` is the number on the first of them and ``group`` that on the second: of channels alone
+    ("channels") the group is the unit, of a head's ("head, channels") it is the group."""
 
     def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
         axes = values.dims[4:]

@@ -19,7 +19,7 @@ from jambascope.hooks.attribution_patching import attribution_patching
 from jambascope.hooks.intervals import at_least
 from jambascope.hooks.sweep.memory import Need, Needs, room, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
-from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target
+from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, axes_of
 from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Measure, Question
@@ -36,7 +36,8 @@ class Screen:
     """Estimates of all cells, and the truth of the largest."""
 
     estimates: dict[str, xr.DataArray]
-    """Node -> the estimated change of the metric's mean over pairs: axes layer, position, and head or channels."""
+    """Node -> the estimated change of the metric's mean over pairs: axes layer, position, and head or
+    expert, and channels, where cells are told apart by them."""
     true: PatchSweep
     """The cells that were patched; NaN elsewhere."""
 
@@ -126,16 +127,16 @@ def _check(cells: Cells, question: Question) -> None:
 
 
 def _estimates(question: Question, cells: Cells, at_once: int) -> dict[str, np.ndarray]:
-    """Node -> estimated change of the metric's mean over pairs, [layer position], and unit where there are several; 0
-    after the last reading."""
+    """Node -> estimated change of the metric's mean over pairs, [layer position], and heads or experts, and channels,
+    where cells are told apart by them; 0 after the last reading."""
     model, reads, measure = question.model, list(question.all_reads), Measure(question)
     positions = sorted(p for (p,) in cells.positions if p < question.length)
     found = []
     for of_node in cells.nodes:
-        shape = model.config.n_layers, len(cells.positions), *of_node[0].axes.values()
+        shape = model.config.n_layers, len(cells.positions), *axes_of(of_node).values()
         found.append(np.full(shape, np.nan))
         for target in of_node:
-            found[-1][target.layer] = 0.0
+            found[-1][target.layer, :, *map(slice, target.axes.values())] = 0.0
     axes = sorted({"T", *(a for t in cells.targets for a in (t.axis, t.channel_axis) if a)})
     columns = [i for i, (p,) in enumerate(cells.positions) if p < question.length]
     order = [positions.index(cells.positions[i][0]) for i in columns]
@@ -151,7 +152,8 @@ def _estimates(question: Question, cells: Cells, at_once: int) -> dict[str, np.n
         )
         for n, of_node in enumerate(cells.nodes):
             for target in of_node:
-                found[n][target.layer, columns] += _by_cell(result.estimates[target.name], target)[order]
+                own = target.layer, columns, *map(slice, target.axes.values())
+                found[n][own] += _by_cell(result.estimates[target.name], target)[order]
     return {of_node[0].node.name: values for of_node, values in zip(cells.nodes, found, strict=True)}
 
 

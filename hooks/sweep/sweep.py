@@ -21,7 +21,7 @@ from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.engine import Engine
 from jambascope.hooks.sweep.memory import Needs, Room
 from jambascope.hooks.sweep.metrics import Metric
-from jambascope.hooks.sweep.nodes import Node, targets_of
+from jambascope.hooks.sweep.nodes import Node, axes_of, targets_of
 from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Question, layers_of, listed, position
@@ -129,7 +129,7 @@ class Sweep(Running):
         labels = [_label(positions) for positions in cells.positions]
         for of_node in cells.nodes:
             coords = {"layer": list(range(self.model.config.n_layers)), "position": labels}
-            coords |= {name: list(range(count)) for name, count in of_node[0].axes.items()}
+            coords |= {name: list(range(count)) for name, count in axes_of(of_node).items()}
             self.add(of_node[0].node.name, coords)
         self._same_up_to = question.same_up_to
         rows = [row for row in cells.rows(self._same_up_to) if wanted(row)]

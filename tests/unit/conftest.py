@@ -196,6 +196,7 @@ def run_page(tmp_path, monkeypatch) -> Iterator[Callable[..., AppTest]]:
         while any(button.label == "Stop" for button in app.button) and time.monotonic() < deadline:
             time.sleep(0.1)
             app.run()
+        assert all(button.label != "Stop" for button in app.button)
         return app
 
     yield run

@@ -85,7 +85,7 @@ def test_the_code_of_the_page_computes_what_it_shows(hybrid, tmp_path):
     memory = results.memory(view)
     assert (found["weights"], found["kv_cache"][1024]) == (memory.weights, memory.kv(1024))
     assert memory.state in (0, found["state"])
-    lens = results.lens(view, 0, 10)
+    lens = results.lens(view, 0, results.predict(view, 0, 1).likeliest)
     np.testing.assert_allclose(ran("logit lens")["lens"].target_probabilities[:, 0], lens.probability, rtol=1e-5)
     attributed = results.attribute(view, 2, 4, 9)
     torch.testing.assert_close(ran("logit attribution", (4, 9))["found"].values.float(), attributed.values)
@@ -96,7 +96,7 @@ def test_the_code_of_the_page_computes_what_it_shows(hybrid, tmp_path):
 
 def test_the_lens_follows_the_next_token_and_its_own_choice_at_the_end(hybrid, tmp_path):
     view = session.view(str(tmp_path), "5 17 3 9")
-    lens = results.lens(view, 0, 10)
+    lens = results.lens(view, 0, results.predict(view, 0, 1).likeliest)
     own = int(view.model(view.tokens)[0, -1].argmax())
     assert lens.targets == ("17", "3", "9", str(own))
     assert lens.rows[0] == "embedding" and len(set(lens.rows)) == len(lens.rows)
@@ -107,7 +107,7 @@ def test_the_lens_follows_the_next_token_and_its_own_choice_at_the_end(hybrid, t
 
 def test_long_prompts_are_seen_through_a_window(hybrid, tmp_path):
     view = session.view(str(tmp_path), " ".join(str(i % 29) for i in range(100)))
-    lens = results.lens(view, 15, 10)
+    lens = results.lens(view, 15, results.predict(view, 0, 1).likeliest)
     assert lens.probability.shape[1] == results.WINDOW and lens.targets[:2] == ("16", "17")
 
 

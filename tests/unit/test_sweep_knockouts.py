@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from jambascope import HookedJamba, JambaConfig
 from jambascope.errors import HookError, InputError
 from jambascope.hooks import run
 from jambascope.hooks.attribution_patching import attribution_patching
@@ -96,7 +97,7 @@ def test_edges_that_cannot_be_are_refused(change, message, model_of_kind):
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_the_screen_estimates_all_and_patches_the_largest(direction, model_of_kind):
     model = model_of_kind("hybrid")
-    nodes = ["z", "mlp_out", Node("ssm_state", channels=8), Node("q", channels=5)]
+    nodes = ["z", "mlp_out", Node("ssm_state", channels=8), Node("q", channels=3)]
     found = screen(model, *TOKENS, DIFFERENCE, nodes, top=7, positions=[4, 1, 2], direction=direction, progress=False)
     whole = patch_sweep(model, *TOKENS, DIFFERENCE, nodes, positions=[4, 1, 2], direction=direction, progress=False)
     base, source = TOKENS.flip(0) if direction == "denoise" else TOKENS
@@ -114,15 +115,33 @@ def test_the_screen_estimates_all_and_patches_the_largest(direction, model_of_ki
     assert patched == 7 and -1 <= found.correlation <= 1
 
 
-@pytest.mark.parametrize("component", ["mixer.hook_y", "z"])
-def test_groups_of_channels_add_up(component, model_of_kind):
+@pytest.mark.parametrize("component", ["mixer.hook_y", "z", "k"])
+def test_groups_of_channels_are_the_sums_of_their_channels(component, model_of_kind):
     model = model_of_kind("hybrid")
-    whole, groups = (
-        screen(model, *TOKENS, DIFFERENCE, node, top=1, progress=False).estimates
-        for node in (Node(component), Node(component, channels=5))
+    whole, groups, single = (
+        next(iter(screen(model, *TOKENS, DIFFERENCE, node, top=1, progress=False).estimates.values()))
+        for node in (Node(component), Node(component, channels=3), Node(component, channels=1))
     )
-    (whole,), (groups,) = whole.values(), groups.values()
     np.testing.assert_allclose(groups.sum("channels", skipna=False), whole, rtol=1e-9)
+    assert groups.sizes["channels"] == -(-single.sizes["channels"] // 3) > 1
+    for group in range(groups.sizes["channels"]):
+        own = single.isel(channels=slice(3 * group, 3 * group + 3)).sum("channels", skipna=False)
+        np.testing.assert_allclose(groups.sel(channels=group), own, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixers", [("mamba", "mamba2"), ("mamba2", "mamba")])
+def test_layers_may_differ_in_width(mixers):
+    """The convolution of Mamba-2 is wider than that of Mamba."""
+    shape = dict(d_model=16, d_vocab=29, d_inner=32, d_state=4, mamba_d_head=8, feed_forwards=("none",) * 2)
+    torch.manual_seed(0)
+    model, node = HookedJamba(JambaConfig(mixers=mixers, **shape)).double(), Node("mixer.hook_conv", channels=8)
+    found = screen(model, *TOKENS, DIFFERENCE, node, top=3, progress=False)
+    whole = patch_sweep(model, *TOKENS, DIFFERENCE, node, progress=False).values["mixer.hook_conv by 8 channels"]
+    (values,) = found.true.values.values()
+    assert values.notnull().sum() == 3 * values.sizes["pair"]
+    np.testing.assert_allclose(values.values[values.notnull()], whole.values[values.notnull()], rtol=1e-9)
+    narrow = whole.sel(layer=mixers.index("mamba"))
+    assert narrow.isel(channels=slice(0, 4)).notnull().all() and narrow.isel(channels=slice(4, None)).isnull().all()
 
 
 @pytest.mark.parametrize(
