@@ -124,9 +124,12 @@ def _keep_link(address: str) -> None:
     if opened:
         state.link = {key: st.query_params.get_all(key) for key in st.query_params}
     elif link and turned:
-        for key, values in link.items():
-            with suppress(StreamlitAPIException):  # still held by a widget of the last page: not in the URL any more
-                st.query_params[key] = values
+        try:
+            st.query_params.from_dict(link)
+        except StreamlitAPIException:  # a widget of the last page still holds a key, whose value is then its default
+            for key, values in link.items():
+                with suppress(StreamlitAPIException):
+                    st.query_params[key] = values
         del state.address  # the page opens with them
         st.rerun()
 
