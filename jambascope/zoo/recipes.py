@@ -140,10 +140,10 @@ RECIPES = {
     ),
     # Two of eight experts at every second layer are as wide as this at every layer.
     "jamba-micro-dense": _recipe(
-        "no experts, as many active parameters", feed_forwards=("dense",) * JAMBA.n_layers, d_mlp=96
+        "no experts, as many active parameters", 3e-3, feed_forwards=("dense",) * JAMBA.n_layers, d_mlp=96
     ),
     "jamba-micro-rope": _recipe("rotary positions in the attention layer", rotary=True),
-    "jamba-micro-no-inner-norm": _recipe("no norms on dt, B and C inside Mamba", inner_norms=False),
+    "jamba-micro-no-inner-norm": _recipe("no norms on dt, B and C inside Mamba", 3e-3, inner_norms=False),
     "jamba-micro-mamba2": _recipe(
         "Mamba-2 for Mamba, with 64 states, as its authors make them larger",
         mixers=tuple("mamba2" if mixer == "mamba" else mixer for mixer in JAMBA.mixers),
