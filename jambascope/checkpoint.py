@@ -339,7 +339,10 @@ def load_tokenizer(directory: Path) -> Any:
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of a model type of ours it warns that it is none of its own
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -349,6 +352,8 @@ def load_tokenizer(directory: Path) -> Any:
             f"the tokenizer in {directory} cannot be opened ({_reason(e)}); "
             "restore its files, or remove them to use token ids"
         ) from e
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 # -- saving --------------------------------------------------------------------------------------------------

@@ -102,6 +102,13 @@ def test_a_packaged_model_loads_quickly_and_without_a_network(name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_a_packaged_model_opens_without_a_word(name, caplog, capfd):
+    """Those that transformers cannot describe, too."""
+    HookedJamba.from_pretrained(name)
+    assert caplog.records == [] and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_what_transformers_can_describe_it_opens_and_agrees_with(name):
     directory = packaged_models()[name]
     if name not in READ_BY_TRANSFORMERS:
