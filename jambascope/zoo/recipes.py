@@ -146,6 +146,7 @@ RECIPES = {
     "jamba-micro-no-inner-norm": _recipe("no norms on dt, B and C inside Mamba", 3e-3, inner_norms=False),
     "jamba-micro-mamba2": _recipe(
         "Mamba-2 for Mamba, with 64 states, as its authors make them larger",
+        3e-3,
         mixers=tuple("mamba2" if mixer == "mamba" else mixer for mixer in JAMBA.mixers),
         mamba_d_head=16,
         d_state=64,
