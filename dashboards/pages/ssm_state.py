@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import streamlit as st
 
@@ -41,35 +43,27 @@ def _memory(view: View, layer: int, position: int) -> None:
     widgets.show(fig, "layer_norms", on_select=_take_cell, selection_mode="points")
     memory = results.remember(view, layer)
     _about_groups(view, memory, layer)
-    fig = figures.group_lines(
+    lines = partial(figures.group_lines, half_lives=memory.bounds, tokens=view.texts, position=position)
+    fig = lines(
         memory.norms,
-        memory.bounds,
-        view.texts,
         title=f"State size over time, layer {layer}",
         subtitle="one line per group of channels",
         unit="state RMS",
-        position=position,
     )
     widgets.show(fig, "group_norms")
-    fig = figures.group_lines(
+    fig = lines(
         results.retained(memory, position),
-        memory.bounds,
-        view.texts,
         title=f"What is left of earlier states after {named(view.texts[position], position)}",
         subtitle="mean over the group of exp(A · sum of Δ from each token to here)",
         unit="retention (share of 1)",
-        position=position,
     )
     widgets.show(fig, "retention")
     if position < len(view.ids) - 1:
-        fig = figures.group_lines(
+        fig = lines(
             results.surviving(memory, position),
-            memory.bounds,
-            view.texts,
             title=f"Where the write of {named(view.texts[position], position)} survives",
             subtitle="mean over the group of exp(A · sum of Δ from here to each later token): the share that is left",
             unit="left (share of 1)",
-            position=position,
             start=position,
         )
         widgets.show(fig, "survival")

@@ -17,7 +17,6 @@ from jambascope import HookedJamba
 from jambascope.checkpoint import load_tokenizer
 from jambascope.dashboards import models, session
 from jambascope.dashboards.models import Checkpoint
-from jambascope.dashboards.session import checkpoint_of
 from jambascope.errors import InputError, JambascopeError
 from jambascope.hooks.labels import label_attention
 from jambascope.hooks.looks import looks
@@ -55,7 +54,7 @@ def readers(names: Sequence[str]) -> list[str]:
     found = []
     for name in names:
         try:
-            checkpoint = checkpoint_of(name)
+            checkpoint = session.checkpoint_of(name)
         except JambascopeError:
             continue
         if _reads_language(checkpoint):

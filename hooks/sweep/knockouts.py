@@ -198,9 +198,9 @@ class _KnockOuts(Running):
             if query in queries:
                 first = self.keys[query].index(key) * pairs
                 for pair in range(pairs):
-                    for unit in range(target.units):
-                        place = (name, begin + pair, target.layer, i, unit)
-                        yield Row(pair, first + pair, 0, (query,), unit, place if target.axis else place[:-1])
+                    for cell in range(target.cells):
+                        place = (name, begin + pair, target.layer, i, *target.place(cell))
+                        yield Row(pair, first + pair, 0, (query,), cell, place)
 
     def _seen(self, layer: int) -> dict[str, Sequence[int]]:
         """Scores and values of an attention layer."""
