@@ -49,8 +49,23 @@ def dashboard(
     if directory == Path(model).expanduser():
         given = str(directory.resolve())
         models.remember(given)
+    _compile_kernels(device)
     options = {"--device": device, "--dtype": dtype, "--model-memory": str(most), "--runs": str(runs.resolve())}
     _serve(given, port, options)
+
+
+def _compile_kernels(device: str | None) -> None:
+    """What a CPU compiles once it compiles here, where each kernel is named, not behind somebody's first page."""
+    import torch
+
+    from jambascope import HookedJamba
+    from jambascope.devices import parse_device
+
+    if parse_device(device).type == "cpu":
+        model = HookedJamba.from_pretrained("jamba-micro")
+        with torch.no_grad():
+            for tokens in (1, 512):
+                model(torch.zeros(1, tokens, dtype=torch.long))
 
 
 def _check_port(port: int) -> None:

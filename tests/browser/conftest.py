@@ -16,7 +16,10 @@ from urllib.parse import urlencode
 import pytest
 
 PACKAGED = "jamba-micro"
-STARTUP_SECONDS = 60
+STARTUP_SECONDS = 120
+"""It may have kernels to compile."""
+TIMEOUT = 40_000
+"""Milliseconds; beside another worker's tests a page takes many times as long as alone."""
 VIEWPORT = {"width": 1440, "height": 900}
 
 
@@ -116,16 +119,28 @@ def shared_context(browser) -> Iterator:
     context.close()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator:
+    """Beside a failure, what the test's pages said then."""
+    report = yield
+    if report.when == "call" and report.failed:
+        for page in getattr(item, "pages", []):
+            text = page.locator("body").inner_text()
+            report.sections.append((f"Page {page.url}", "\n".join(line for line in text.splitlines() if line.strip())))
+    return report
+
+
 @pytest.fixture
-def open_page(browser, shared_context, server: str) -> Iterator:
+def open_page(request, browser, shared_context, server: str) -> Iterator:
     """``open_page(path, **query)``, closed after the test; ``fresh=True``: as another person's browser would."""
-    closing = []
+    closing, request.node.pages = [], []
 
     def open_(path: str = "", fresh: bool = False, **query: str):
         context = browser.new_context(viewport=VIEWPORT) if fresh else shared_context
         page = context.new_page()
         closing.append(context if fresh else page)
-        page.set_default_timeout(20_000)
+        request.node.pages.append(page)
+        page.set_default_timeout(TIMEOUT)
         page.goto(f"{server}/{path}?{urlencode(query)}")
         page.get_by_label("Prompt", exact=True).wait_for()
         return page

@@ -32,8 +32,6 @@ CLEAN = "map : stone river , leaf mud , moss pine ; leaf ->"
 CORRUPTED = "map : stone river , leaf mud , moss pine ; stone ->"
 FIRST = 12
 """Where they part."""
-WAIT = 60_000
-"""For the first sweep of a server, which may have kernels to compile."""
 
 
 def corrupt(page: Page, text: str) -> None:
@@ -67,7 +65,7 @@ def click_cell(page: Page, key: str, position: int, layer: int) -> None:
 def test_maps_a_click_and_a_link(open_page, model):
     page = open_page("patching", model=PACKAGED, prompt=CLEAN, corrupted=CORRUPTED)
     expect(page.locator(".aligned .other")).to_have_text(re.compile("leafstone"))
-    figure(page, "map_resid_pre").wait_for(timeout=WAIT)
+    figure(page, "map_resid_pre").wait_for()
     for node in ("resid_pre", "mixer_out"):
         wanted = effects(model, node)
         expect_heat(page, f"map_{node}", np.nan_to_num(wanted[np.isfinite(wanted).any(1)]), atol=2e-3)
@@ -143,8 +141,8 @@ def test_a_long_sweep_fills_in_and_can_be_stopped(open_page):
     page.get_by_role("button", name="Patch every cell").click()
     stop = page.get_by_test_id("stMain").get_by_role("button", name="Stop")
     stop.wait_for()
-    figure(page, "map_resid_pre").wait_for(timeout=WAIT)
-    for _ in range(WAIT // 200):
+    figure(page, "map_resid_pre").wait_for()
+    for _ in range(200):
         if np.isfinite(heat(page, "map_resid_pre")).any():
             break
         page.wait_for_timeout(200)
@@ -164,7 +162,7 @@ def test_a_run_is_saved_and_opened(open_page, runs_root):
     page.get_by_text("Save as a study run").first.click()
     page.get_by_role("button", name="Save as a study run").click()
     link = page.get_by_role("link", name="open it on the Runs page")
-    link.wait_for(timeout=WAIT)
+    link.wait_for()
     name = parse_qs(urlsplit(link.get_attribute("href")).query)["run"][0]
     path = runs_root / name  # beside what other tests have kept
     spec = read(path)[2]
