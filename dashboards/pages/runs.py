@@ -211,15 +211,10 @@ def _compare(second: Entry, others: list[Entry]) -> None:
             return
         first = next(entry for entry in others if entry.name == name)
         key = tuple((str(entry.path), entry.stamp) for entry in (first, second))
-        compute = partial(_comparison, first.path, second.path)
+        compute = partial(comparing.compare, first.path, second.path)
         found = work.result("compare", key, compute, start="Compare", automatic=True)
         if found is not None and found.value is not None:
             _differences(found.value, f"{second.name}-less-{first.name}")
-
-
-def _comparison(first: Path, second: Path, tell: work.Report) -> comparing.Comparison:
-    tell(0.0, "drawing samples")
-    return comparing.compare(first, second)
 
 
 def _differences(found: comparing.Comparison, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +48,12 @@ class Comparison:
         ]
 
 
-def compare(first: Path, second: Path) -> Comparison:
+def compare(first: Path, second: Path, tell: Callable[[float, str], bool] = lambda *_: True) -> Comparison | None:
     """The results of ``second`` less those of ``first``, number by number; a recipe with itself, or, where each run has
     one alone, whatever the two are.
+
+    Args:
+        tell: is told the share done and what comes next; where it returns False the result is None.
 
     Raises:
         RunError: runs of different studies or versions, unfinished or damaged ones, or with no number in common.
@@ -68,19 +71,20 @@ def compare(first: Path, second: Path) -> Comparison:
     if all(len(recipes) == 1 for recipes in lone) and lone[0][0] != lone[1][0]:
         name = f"{lone[1][0]} less {lone[0][0]}"
         rows, other_rows = (frame.assign(recipe=name) for frame in (rows, other_rows))
-    lines = []
+    common = []
     for measure in study.headline:
         own, other = (samples_of(frame[frame.measure == measure], study.by) for frame in (rows, other_rows))
-        for key in own:
-            if key in other:
-                line = dict(zip(("recipe", "measure", *study.by), key, strict=True))
-                lines.append(
-                    line | _difference(*(_by_weights(v[key], w) for v, w in zip((own, other), weights, strict=True)))
-                )
-    if not lines:
+        common += [(key, own[key], other[key]) for key in own if key in other]
+    if not common:
         raise RunError(
             f"{first} and {second} have no number in common: recipes are {', '.join(lone[0])} and {', '.join(lone[1])}"
         )
+    lines = []
+    for i, (key, *samples) in enumerate(common):
+        line = dict(zip(("recipe", "measure", *study.by), key, strict=True))
+        if not tell(i / len(common), f"drawing samples: {line['measure']}"):
+            return None
+        lines.append(line | _difference(*map(_by_weights, samples, weights)))
     return Comparison(study, directories, (spec, other_spec), pd.DataFrame(lines))
 
 

@@ -148,6 +148,14 @@ def test_lone_recipes_are_compared_whatever_their_names(ask, trainings):
     assert set(found.recipe) == {f"{trainings[4]} less small"} and len(found) == 2
 
 
+def test_a_comparison_tells_how_far_it_is_and_can_be_stopped(ask, trainings):
+    run, told = ask(trainings[:1], sequences=8).path, []
+    found = comparing.compare(run, run, lambda share, text: told.append((share, text)) or True)
+    n = len(found.frame)
+    assert n > 1 and told == [(i / n, f"drawing samples: {m}") for i, m in enumerate(found.frame.measure)]
+    assert comparing.compare(run, run, lambda share, _: share == 0) is None
+
+
 def test_what_cannot_be_compared_says_why(ask, trainings, tmp_path):
     first, second = ask(trainings[:1]), ask(trainings[:1], seeds=(1,))
     record = json.loads((second.path / "spec.json").read_text())
