@@ -102,9 +102,10 @@ class Job:
         except BaseException as problem:
             self.problem = problem
             return
-        self.result = Result(value, not self.stopping.is_set(), time.monotonic() - self._began)
-        if self.result.complete:
-            finished().put(self.key, self.result)
+        result = Result(value, not self.stopping.is_set(), time.monotonic() - self._began)
+        if result.complete:
+            finished().put(self.key, result)
+        self.result = result  # last: whoever sees it over finds what it found
 
 
 def _is_open(session: str) -> bool:
@@ -160,18 +161,31 @@ def result(
         about: what it costs, beside the button.
         automatic: begin without being asked.
     """
-    key = (name, key)
+    with st.container():  # always there, so that what follows keeps its place when a button or a bar comes or goes
+        return _result(f"work {name}", (name, key), compute, start, draw, about, automatic)
+
+
+def _result(
+    slot: str,
+    key: Hashable,
+    compute: Callable[[Report], Any],
+    start: str,
+    draw: Callable[[Any], None] | None,
+    about: str,
+    automatic: bool,
+) -> Result | None:
     if (found := finished().get(key)) is not None:
         return found
-    slot = f"work {name}"
     job: Job | None = st.session_state.get(slot)
     if job is not None and job.key != key:
         job.stop()
         job = None
-    if job is None:
-        wanted = automatic or _asked(start, slot, about)
+    if job is not None and job.result is not None and job.result.complete:
+        return job.result  # others have been kept since
+    if job is None and automatic:
+        wanted = True
     else:
-        wanted = job.over and _wanted_anew(job, start, slot)
+        wanted = (job is None or job.over) and _pressed(start, slot, about, job)
     if wanted:
         context = get_script_run_ctx(suppress_warning=True)
         job = Job(key, compute, context.session_id if context and exists() else None).start()
@@ -194,32 +208,27 @@ def readable_time(seconds: float) -> str:
     return f"{max(1, round(seconds / length))} {unit}"
 
 
-def _asked(start: str, slot: str, about: str) -> bool:
-    place = st.empty()
-    with place.container(horizontal=True, vertical_alignment="center"):
-        pressed = st.button(start, key=f"{slot} start", type="primary", icon=":material/play_arrow:")
-        if about:
-            st.caption(about)
-    if pressed:
-        place.empty()  # its progress stands there now
-    return pressed
-
-
-def _wanted_anew(job: Job, start: str, slot: str) -> bool:
-    """Say how a computation ended, and whether its reader wants it once more."""
+def _pressed(start: str, slot: str, about: str, job: Job | None) -> bool:
+    """The button that begins a computation, or begins it once more after what is said of how it ended; its progress
+    takes their place."""
     place = st.empty()
     with place.container():
-        if isinstance(job.problem, JambascopeError):
+        if job is not None and job.problem is not None:
+            if not isinstance(job.problem, JambascopeError):
+                raise job.problem
             widgets.error(job.problem)
-        elif job.problem is not None:
-            raise job.problem
+        elif job is not None:
+            about = f"Stopped at {job.share:.0%}: what is shown is what was known by then."
         with st.container(horizontal=True, vertical_alignment="center"):
-            again = st.button(start, key=f"{slot} again", icon=":material/refresh:")
-            if job.problem is None:
-                st.caption(f"Stopped at {job.share:.0%}: what is shown is what was known by then.")
-    if again:
+            if job is None:
+                pressed = st.button(start, key=f"{slot} start", type="primary", icon=":material/play_arrow:")
+            else:
+                pressed = st.button(start, key=f"{slot} again", icon=":material/refresh:")
+            if about and (job is None or job.problem is None):
+                st.caption(about)
+    if pressed:
         place.empty()
-    return again
+    return pressed
 
 
 @st.fragment(run_every=POLL_SECONDS)

@@ -85,14 +85,20 @@ def place_of(drawn: Map, cell: Cell, asked: Asked) -> tuple[int, int] | None:
 def top_cells(found: sweep.PatchSweep, asked: Asked, most: int = 4) -> list[tuple[Cell, float, float]]:
     """Cells with their effects and values, the largest changes first, at most so many of each kind; the stream that
     enters layer 0, which is the input itself, is none."""
-    table, best = found.table(), []
-    table = table.assign(change=(table["value"] - float(found.base[0, 0])).abs())
+    effects, base, best = found.effects(), float(found.base[0, 0]), []
     for kind in asked.kinds:
-        own = table[table["node"] == asked.node(kind).name]
-        own = own[own["layer"] > 0] if kind == "resid_pre" else own
-        for _, row in own.nlargest(most, "change").iterrows():
-            cell = Cell(kind, int(row["layer"]), int(row["position"]), int(row["unit"]))
-            best.append((row["change"], (cell, float(row["effect"]), float(row["value"]))))
+        if (name := asked.node(kind).name) not in effects:  # it was stopped before
+            continue
+        values, effect = found.values[name].values[0, 0], effects[name].values[0, 0]  # [layer position] or with units
+        changed = np.abs(values - base)
+        known = np.isfinite(changed)
+        if kind == "resid_pre":
+            known[0] = False
+        order = np.argsort(np.where(known, -changed, np.inf), axis=None, kind="stable")[: min(most, known.sum())]
+        for place in zip(*np.unravel_index(order, changed.shape), strict=True):
+            layer, position, *unit = map(int, place)
+            cell = Cell(kind, layer, asked.positions[0] + position, *unit)
+            best.append((changed[place], (cell, float(effect[place]), float(values[place]))))
     return [entry for _, entry in sorted(best, key=lambda pair: -pair[0])]
 
 

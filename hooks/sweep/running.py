@@ -28,7 +28,9 @@ class Running(ABC):
     def __init__(self, question: Question) -> None:
         self.question, self.model = question, question.model
         self.axes = {"metric": [m.name for m in question.metrics], "pair": list(range(question.pairs))}
-        self.runs = {name: self._nothing(self.axes) for name in ("clean", "corrupted")}
+        self._labels: dict[str, xr.DataArray] = {}
+        """Name -> its axes, made once: for an index xarray takes longer than a batch does."""
+        self.runs = {name: self._nothing(name, self.axes) for name in ("clean", "corrupted")}
         """Run -> its metrics, [metric pair]."""
         self.coords: dict[str, dict[str, list]] = {}
         """Name -> axes of its cells, in order."""
@@ -39,11 +41,15 @@ class Running(ABC):
     def add(self, name: str, coords: dict[str, list]) -> None:
         """Make room for the cells of a name."""
         self.coords[name] = coords
-        self.values[name] = self._nothing(self.axes | coords)
+        self.values[name] = self._nothing(name, self.axes | coords)
 
-    @staticmethod
-    def _nothing(axes: dict[str, list]) -> np.ndarray:
-        return np.full([len(labels) for labels in axes.values()], np.nan)
+    def _nothing(self, name: str, axes: dict[str, list]) -> np.ndarray:
+        values = np.full([len(labels) for labels in axes.values()], np.nan)
+        self._labels[name] = xr.DataArray(values, axes, list(axes))
+        return values
+
+    def _labelled(self, name: str, values: np.ndarray) -> xr.DataArray:
+        return self._labels[name].copy(deep=False, data=values.copy())
 
     @property
     def runs_of_base(self) -> np.ndarray:
@@ -109,9 +115,6 @@ class Running(ABC):
 
     def result(self, complete: bool = False) -> Effects:
         """What is known so far."""
-        arrays = {
-            name: xr.DataArray(values.copy(), self.axes | self.coords[name], list(self.axes | self.coords[name]))
-            for name, values in self.values.items()
-        }
-        ends = (xr.DataArray(self.runs[name].copy(), self.axes, list(self.axes)) for name in ("clean", "corrupted"))
+        arrays = {name: self._labelled(name, values) for name, values in self.values.items()}
+        ends = (self._labelled(name, values) for name, values in self.runs.items())
         return self.made(arrays, *ends, self.question.direction, complete)
