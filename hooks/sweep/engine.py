@@ -11,7 +11,6 @@ scans are the largest part. R row, read: the positions whose logits are asked fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,9 +107,9 @@ class Engine:
         pairs = index_tensor([row.pair for row in rows], x.device)
         run = Run(len(x), x.shape[1], x.device, None, self.base.memory(model, layer, pairs, start))
         model._clock.start, model._clock.length = start, x.shape[1]
-        if reads is not None:
+        if not hooks:
             return block.feed(block.mix(x, run, reads), run)
-        with model.hooks(list(hooks)) if hooks else nullcontext():
+        with model.hooks(list(hooks)):
             return block(x, run)
 
 
