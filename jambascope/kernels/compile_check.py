@@ -65,6 +65,8 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 
 CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD CDNA 3 white paper (LDS).
 """
+MAIN = "sm_90"
+"""Whose every configuration a quick check compiles."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,25 @@ def _work(name: str, target: str) -> Usage:
     return compile_usage(name, _cases[name], target)
 
 
-def check(targets: Sequence[str] = tuple(SHARED_MEMORY)) -> list[Usage]:
-    """Compile every case for every target, in one forked process per core, and away from Triton's cache."""
+def jobs_of(cases: dict[str, CompileCase], targets: Sequence[str], quick: bool = False) -> list[tuple[str, str]]:
+    """Names of cases and where each is compiled: for every target that launches it, or, when ``quick``, for
+    :data:`MAIN` alone but for one case of each kernel."""
+    jobs, kernels = [], set()
+    for name, case in cases.items():
+        for target in targets:
+            if case.targets is not None and target not in case.targets:
+                continue
+            if quick and target != MAIN and (target, case.kernel.__name__) in kernels:
+                continue
+            kernels.add((target, case.kernel.__name__))
+            jobs.append((name, target))
+    return jobs
+
+
+def check(targets: Sequence[str] = tuple(SHARED_MEMORY), quick: bool = False) -> list[Usage]:
+    """Compile what :func:`jobs_of` names, in one forked process per core, and away from Triton's cache."""
     _cases.update(all_cases())
-    jobs = [(n, t) for n, case in _cases.items() for t in targets if case.targets is None or t in case.targets]
+    jobs = jobs_of(_cases, targets, quick)
     fork = multiprocessing.get_context("fork")
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -203,10 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", choices=list(SHARED_MEMORY), help="repeat for several; default: all"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"every configuration for {MAIN} alone, elsewhere one of each kernel"
+    )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
-    usages = check(options.target or tuple(SHARED_MEMORY))
+    usages = check(options.target or tuple(SHARED_MEMORY), options.quick)
     width = max((len(u.name) for u in usages), default=4)
     columns = ("registers", "spill_stores", "spill_loads", "stack", "shared", "barriers", "shuffles")
     print(f"{'kernel and configuration':{width}}  target  " + " ".join(f"{c:>12}" for c in columns))

@@ -11,15 +11,16 @@ import pytest
 
 from jambascope.errors import ConfigError
 from jambascope.kernels import compile_check
-from jambascope.kernels.compile_check import Usage, all_cases
+from jambascope.kernels.compile_check import CompileCase, Usage, all_cases, jobs_of
 
 pytest.importorskip("triton", reason="the check compiles with the triton package (extra 'test' on Linux)")
 
 
 def test_no_configuration_spills(tmp_path):
-    """In its own process: under TRITON_INTERPRET, which this one may run with, there is nothing to compile."""
+    """In its own process: under TRITON_INTERPRET, which this one may run with, there is nothing to compile. Quick: all
+    472 would take three minutes of both cores."""
     table = tmp_path / "usage.json"
-    command = [sys.executable, "-m", "jambascope.kernels.compile_check", "--json", str(table)]
+    command = [sys.executable, "-m", "jambascope.kernels.compile_check", "--quick", "--json", str(table)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     usages = json.loads(table.read_text())
@@ -68,6 +69,22 @@ def test_what_is_a_fault():
     assert Usage(**usage).fault is None
     assert "spills (4 B stored" in Usage(**usage | dict(spill_stores=4)).fault
     assert "needs 65540 B of shared memory, gfx942 has 65536" in Usage(**usage | dict(shared=65_540)).fault
+
+
+def test_a_quick_check_leaves_out_no_kernel_on_any_target():
+    def kernel(): ...
+
+    def other(): ...
+
+    cases = {
+        "a/1": CompileCase("1", kernel, {}),
+        "a/2": CompileCase("2", kernel, {}, targets=("sm_80", "sm_90")),
+        "a/3": CompileCase("3", kernel, {}, targets=("gfx942",)),
+        "a/4": CompileCase("4", other, {}, targets=("gfx942",)),
+    }
+    quick, whole = (jobs_of(cases, tuple(compile_check.SHARED_MEMORY), quick=quick) for quick in (True, False))
+    assert quick == [("a/1", "sm_80"), ("a/1", "sm_90"), ("a/1", "gfx942"), ("a/2", "sm_90"), ("a/4", "gfx942")]
+    assert set(whole) - set(quick) == {("a/2", "sm_80"), ("a/3", "gfx942")} and len(whole) == 7
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):
