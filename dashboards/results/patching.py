@@ -295,16 +295,16 @@ def _patch(key: tuple, cell: Cell, _view: View, _other: View) -> Patched:
     base, source = (_other, _view) if asked.direction == "denoise" else (_view, _other)
     (target,) = targets(model, asked.node(cell.kind), [cell.layer])
     with torch.no_grad():
-        runs = [run(model, one.tokens, capture=needed(target)) for one in (base, source)]
-        put = interventions(model, target, [cell.position], cell.unit, runs[1].cache, runs[0].cache)
-        patched = run(model, base.tokens, put)
-        logits = torch.stack([one.logits[0, -1].float() for one in (runs[0], patched, runs[1])])
+        ends = run(model, torch.cat([base.tokens, source.tokens]), capture=needed(target))
+        before, values = ({name: ends.cache[name][[at]] for name in ends.cache.keys()} for at in (0, 1))
+        patched = run(model, base.tokens, interventions(model, target, [cell.position], cell.unit, values, before))
+        logits = torch.stack([ends.logits[0, -1], patched.logits[0, -1], ends.logits[1, -1]]).float()
         clean, corrupted = (2, 0) if asked.direction == "denoise" else (0, 2)
         metric, pair = metric_of(asked), torch.zeros(3, dtype=torch.long, device=logits.device)
-        ends = (logits[None, [at]] for at in (clean, corrupted))
-        at = metrics.Reference(pair, *ends, metrics.token_ids(model, metric, 1))
-        values = metric.function(logits[:, None], at).tolist()
-    return Patched(*logits.cpu().numpy(), tuple(values))
+        given = (logits[None, [at]] for at in (clean, corrupted))
+        reference = metrics.Reference(pair, *given, metrics.token_ids(model, metric, 1))
+        measured = metric.function(logits[:, None], reference).tolist()
+    return Patched(*logits.cpu().numpy(), tuple(measured))
 
 
 def patch(view: View, other: View, asked: Asked, cell: Cell) -> Patched:

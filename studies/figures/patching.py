@@ -112,7 +112,7 @@ def cell_map(
         go.Heatmap(
             z=values,
             x=x,
-            text=hover,
+            text=np.asarray(hover),
             hovertemplate="%{text}<extra></extra>",
             hoverongaps=False,
             colorbar=color_bar(unit),

@@ -161,14 +161,14 @@ def click_targets(
 ) -> go.Scatter:
     """Invisible squares over a heatmap: Streamlit reports clicks on points, not on the cells of a heatmap."""
     return go.Scatter(
-        x=x,
-        y=y,
+        x=np.asarray(x),
+        y=np.asarray(y),
         mode="markers",
         marker={"symbol": "square", "size": size, "opacity": 0},
         selected={"marker": {"opacity": 0}},
         unselected={"marker": {"opacity": 0}},
-        customdata=custom,
-        text=hover,
+        customdata=np.asarray(custom, object),  # lists Plotly would check entry by entry, which takes longer than the rest
+        text=np.asarray(hover),
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,
         name="click targets",
