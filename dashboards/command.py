@@ -55,17 +55,20 @@ def dashboard(
 
 
 def _compile_kernels(device: str | None) -> None:
-    """What a CPU compiles once it compiles here, where each kernel is named, not behind somebody's first page."""
+    """What most pages need a CPU compiles here once, where each kernel is named, not behind somebody's first page."""
     import torch
 
     from jambascope import HookedJamba
     from jambascope.devices import parse_device
+    from jambascope.hooks.sweep import logit_difference, patch_sweep
 
     if parse_device(device).type == "cpu":
         model = HookedJamba.from_pretrained("jamba-micro")
         with torch.no_grad():
             for tokens in (1, 512):
                 model(torch.zeros(1, tokens, dtype=torch.long))
+            model.run_with_cache(torch.zeros(1, 2, dtype=torch.long))
+            patch_sweep(model, torch.tensor([1, 2]), torch.tensor([1, 3]), logit_difference(5, 6), progress=False)
 
 
 def _check_port(port: int) -> None:

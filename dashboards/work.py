@@ -180,26 +180,29 @@ def _result(
     if job is not None and job.key != key:
         job.stop()
         job = None
-    if job is not None and job.result is not None and job.result.complete:
+    over = job is not None and job.over  # asked once: it may end at any moment
+    if over and _complete(job):
         return job.result  # others have been kept since
-    if job is None and automatic:
-        wanted = True
-    else:
-        wanted = (job is None or job.over) and _pressed(start, slot, about, job)
-    if wanted:
+    if (job is None and automatic) or ((job is None or over) and _pressed(start, slot, about, job)):
         context = get_script_run_ctx(suppress_warning=True)
-        job = Job(key, compute, context.session_id if context and exists() else None).start()
+        job, over = Job(key, compute, context.session_id if context and exists() else None), False
         st.session_state[slot] = job
+        job.start()
     if job is None:
         return None
-    if not job.over and not job.wait(GRACE_SECONDS):
-        _progress(job)
-        if draw is not None:
-            _so_far(job, draw)
-        return None
-    if wanted and job.problem is not None:
-        st.rerun()  # which tells it
+    if not over:
+        if not job.wait(GRACE_SECONDS):
+            _progress(job)
+            if draw is not None:
+                _so_far(job, draw)
+            return None
+        if not _complete(job):
+            st.rerun()  # which tells how it ended
     return job.result
+
+
+def _complete(job: Job) -> bool:
+    return job.result is not None and job.result.complete
 
 
 def readable_time(seconds: float) -> str:
@@ -218,7 +221,9 @@ def _pressed(start: str, slot: str, about: str, job: Job | None) -> bool:
                 raise job.problem
             widgets.error(job.problem)
         elif job is not None:
-            about = f"Stopped at {job.share:.0%}: what is shown is what was known by then."
+            about = f"Stopped at {job.share:.0%}"
+            if job.result.value is not None:
+                about += ": what is shown is what was known by then."
         with st.container(horizontal=True, vertical_alignment="center"):
             if job is None:
                 pressed = st.button(start, key=f"{slot} start", type="primary", icon=":material/play_arrow:")

@@ -295,9 +295,11 @@ def _patch(key: tuple, cell: Cell, _view: View, _other: View) -> Patched:
     base, source = (_other, _view) if asked.direction == "denoise" else (_view, _other)
     (target,) = targets(model, asked.node(cell.kind), [cell.layer])
     with torch.no_grad():
-        ends = run(model, torch.cat([base.tokens, source.tokens]), capture=needed(target))
+        tokens = torch.cat([base.tokens, source.tokens])
+        ends = run(model, tokens, capture=needed(target))
         before, values = ({name: ends.cache[name][[at]] for name in ends.cache.keys()} for at in (0, 1))
-        patched = run(model, base.tokens, interventions(model, target, [cell.position], cell.unit, values, before))
+        put = interventions(model, target, [cell.position], cell.unit, values, before)
+        patched = run(model, tokens, put)  # of both rows, so that a patch of nothing changes nothing, to the last bit
         logits = torch.stack([ends.logits[0, -1], patched.logits[0, -1], ends.logits[1, -1]]).float()
         clean, corrupted = (2, 0) if asked.direction == "denoise" else (0, 2)
         metric, pair = metric_of(asked), torch.zeros(3, dtype=torch.long, device=logits.device)

@@ -87,7 +87,7 @@ def top_cells(found: sweep.PatchSweep, asked: Asked, most: int = 4) -> list[tupl
     enters layer 0, which is the input itself, is none."""
     effects, base, best = found.effects(), float(found.base[0, 0]), []
     for kind in asked.kinds:
-        if (name := asked.node(kind).name) not in effects:  # it was stopped before
+        if (name := asked.node(kind).name) not in effects:  # stopped before it, or in none of the layers
             continue
         values, effect = found.values[name].values[0, 0], effects[name].values[0, 0]  # [layer position] or with units
         changed = np.abs(values - base)

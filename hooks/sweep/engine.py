@@ -107,7 +107,7 @@ class Engine:
         pairs = index_tensor([row.pair for row in rows], x.device)
         run = Run(len(x), x.shape[1], x.device, None, self.base.memory(model, layer, pairs, start))
         model._clock.start, model._clock.length = start, x.shape[1]
-        if not hooks:
+        if not hooks:  # not block(x, run), which for one token takes the kernel of generation: seconds to compile
             return block.feed(block.mix(x, run, reads), run)
         with model.hooks(list(hooks)):
             return block(x, run)

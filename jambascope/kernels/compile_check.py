@@ -66,7 +66,7 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD CDNA 3 white paper (LDS).
 """
 MAIN = "sm_90"
-"""Whose every configuration a quick check compiles."""
+"""For which a quick check compiles every configuration that is launched there."""
 
 
 @dataclass(frozen=True)
@@ -189,17 +189,16 @@ def _work(name: str, target: str) -> Usage:
 
 
 def jobs_of(cases: dict[str, CompileCase], targets: Sequence[str], quick: bool = False) -> list[tuple[str, str]]:
-    """Names of cases and where each is compiled: for every target that launches it, or, when ``quick``, for
-    :data:`MAIN` alone but for one case of each kernel."""
+    """Names of cases and where each is compiled: for every target that launches it; or, when ``quick``, for
+    :data:`MAIN` or the first that does, and for the others one case of each kernel."""
     jobs, kernels = [], set()
     for name, case in cases.items():
-        for target in targets:
-            if case.targets is not None and target not in case.targets:
-                continue
-            if quick and target != MAIN and (target, case.kernel.__name__) in kernels:
-                continue
-            kernels.add((target, case.kernel.__name__))
-            jobs.append((name, target))
+        launched = [target for target in targets if case.targets is None or target in case.targets]
+        for target in launched:
+            main = target == (MAIN if MAIN in launched else launched[0])
+            if not quick or main or (target, id(case.kernel)) not in kernels:
+                kernels.add((target, id(case.kernel)))
+                jobs.append((name, target))
     return jobs
 
 
@@ -221,7 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--target", action="append", choices=list(SHARED_MEMORY), help="repeat for several; default: all"
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"every configuration for {MAIN} alone, elsewhere one of each kernel"
+        "--quick",
+        action="store_true",
+        help=f"each configuration for one target, {MAIN} where it can be",
     )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args(arguments)

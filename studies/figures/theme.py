@@ -167,7 +167,8 @@ def click_targets(
         marker={"symbol": "square", "size": size, "opacity": 0},
         selected={"marker": {"opacity": 0}},
         unselected={"marker": {"opacity": 0}},
-        customdata=np.asarray(custom, object),  # lists Plotly would check entry by entry, which takes longer than the rest
+        # Arrays: lists Plotly would check entry by entry, which takes longer than all the rest.
+        customdata=np.asarray(custom, object),
         text=np.asarray(hover),
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,

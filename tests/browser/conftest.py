@@ -124,9 +124,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     """Beside a failure, what the test's pages said then."""
     report = yield
     if report.when == "call" and report.failed:
+        from playwright.sync_api import Error
+
         for page in getattr(item, "pages", []):
-            text = page.locator("body").inner_text()
-            report.sections.append((f"Page {page.url}", "\n".join(line for line in text.splitlines() if line.strip())))
+            try:
+                lines = page.locator("body").inner_text(timeout=2000).splitlines()
+            except Error as problem:  # it may be closed, or not answer
+                lines = [str(problem)]
+            report.sections.append((f"Page {page.url}", "\n".join(line for line in lines if line.strip())))
     return report
 
 

@@ -140,6 +140,12 @@ def test_every_node_can_be_patched_by_itself(views, kind):
     assert results.patch(view, other, asked, cell).values[1] == pytest.approx(swept_value, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["resid_pre", "mixer_out", "mlp_out"])
+def test_a_patch_of_nothing_changes_nothing(views, kind):
+    same = results.patch(*views, ask(*views, kinds=(kind,)), Cell(kind, 3, 2))  # where the prompts agree
+    assert (same.patched == same.base).all() and not (same.source == same.base).all()
+
+
 def test_chosen_layers_are_swept_where_they_have_the_node(views):
     asked = ask(*views, layers=(3, 5), kinds=("resid_pre", "z", "router_logits", "ssm_state"), positions=(7, 9))
     parts = dict((tuple(layers), kinds) for kinds, layers in results.parts_of(views[0].model, asked))
@@ -156,7 +162,23 @@ def test_a_stopped_sweep_keeps_what_is_done(views):
     found = swept(*views, asked, stop_at=0.1)
     assert not found.complete and np.isfinite(found.values["resid_pre"].values[0, 0, 3:6]).any()
     assert "z" not in found.values or np.isnan(found.values["z"].values[0, 0, 4]).any()
-    assert maps.top_cells(found, asked) is not None
+    assert {cell.kind for cell, *_ in maps.top_cells(found, asked)} <= {"resid_pre", "z"}
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_the_largest_cells_are_those_of_the_table(views, direction):
+    kinds = ("resid_pre", "z", "mlp_out")
+    asked = ask(*views, kinds=kinds, direction=direction, layers=(0, 4), positions=(5, 10))
+    found = swept(*views, asked)
+    top, table = maps.top_cells(found, asked, most=3), found.table()
+    sizes = [abs(value - float(found.base[0, 0])) for _, _, value in top]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 0
+    table = table[(table.node != "resid_pre") | (table.layer > 0)]
+    table = table.assign(size=(table.value - float(found.base[0, 0])).abs())
+    for kind in kinds:
+        best = table[table.node == kind].nlargest(3, "size")
+        own = [(c.layer, c.position, c.unit, effect, value) for c, effect, value in top if c.kind == kind]
+        assert own == list(best[["layer", "position", "unit", "effect", "value"]].itertuples(index=False, name=None))
 
 
 def test_tokens_are_texts_or_numbers(packaged):

@@ -117,6 +117,30 @@ def test_progress_shows_what_is_known_so_far_and_stop_keeps_it(page):
     assert work.finished().get(("test", app.session_state.key)) is None, "what was stopped is nobody else's answer"
 
 
+def test_what_ends_while_its_reader_looks_is_told(page, monkeypatch):
+    ends = threading.Event()
+
+    def compute(report: work.Report) -> None:
+        ends.wait(10)
+        raise InputError("there are no tokens; give some")
+
+    app = page(compute)
+    assert texts(app) == ["nothing yet"] and not app.error
+    monkeypatch.setattr(work, "GRACE_SECONDS", 10)
+    threading.Timer(0.2, ends.set).start()
+    app.run()
+    assert [error.value for error in app.error] == ["there are no tokens; give some"] and app.button
+
+
+def test_what_others_pushed_out_is_still_there_for_who_asked(page):
+    app = page(lambda report: 7)
+    job_of(app).wait(5)
+    for i in range(work.KEPT):
+        work.finished().put(("other", i), work.Result(i, True, 0.0))
+    assert work.finished().get(job_of(app).key) is None
+    assert texts(app.run()) == ["value 7, complete True"] and not app.button
+
+
 def test_what_was_stopped_can_be_begun_anew(page):
     steps = Steps()
     app = page(steps)
