@@ -152,13 +152,13 @@ RECIPES = {
         d_state=64,
     ),
     "mamba-micro-state-4": _recipe(
-        "no attention, a quarter of the state", mixers=PURE_MAMBA, d_state=4, packaged=False
+        "no attention, a quarter of the state", 3e-3, mixers=PURE_MAMBA, d_state=4, packaged=False
     ),
     "mamba-micro-state-64": _recipe(
-        "no attention, four times the state", mixers=PURE_MAMBA, d_state=64, packaged=False
+        "no attention, four times the state", 3e-3, mixers=PURE_MAMBA, d_state=64, packaged=False
     ),
     "mamba-micro-mimetic": _recipe(
-        "no attention, begun near linear attention", mixers=PURE_MAMBA, mimetic=True, packaged=False
+        "no attention, begun near linear attention", 3e-3, mixers=PURE_MAMBA, mimetic=True, packaged=False
     ),
 }
 """Name -> recipe. The learning rates were searched for, see ``studies/zoo/family.py``."""
