@@ -23,7 +23,14 @@ from playwright.sync_api import Page, sync_playwright
 from jambascope.zoo.words import WORDS
 
 PAGES = ("overview", "attention", "ssm_state", "router", "induction", "formats", "patching")
-STATE = "document.querySelector('[data-testid=stApp]').getAttribute('data-test-script-state')"
+APP, ATTRIBUTE = "document.querySelector('[data-testid=stApp]')", "data-test-script-state"
+STATE = f"{APP}.getAttribute('{ATTRIBUTE}')"
+WATCH = f"""() => {{
+    window.ran = false;
+    const seen = new MutationObserver(() => window.ran = true);
+    seen.observe({APP}, {{attributes: true, attributeFilter: ['{ATTRIBUTE}']}});
+}}"""
+"""Notes a run that is over between two looks."""
 
 
 def prompt(tokens: int, seed: int) -> str:
@@ -45,9 +52,10 @@ def idle(page: Page) -> None:
 def seconds(page: Page, text: str) -> float:
     box = page.get_by_label("Prompt", exact=True)
     box.fill(text)
+    page.evaluate(WATCH)
     began = time.monotonic()
     box.press("Control+Enter")
-    page.wait_for_function(f"{STATE} !== 'notRunning'", timeout=10_000)
+    page.wait_for_function("window.ran", timeout=10_000)
     idle(page)
     return time.monotonic() - began - 0.15  # the moment that is waited
 
