@@ -96,8 +96,8 @@ def test_memory_by_length_and_a_window_of_long_prompts(open_page, model):
     slider = page.get_by_role("slider", name="First position")
     slider.press("ArrowLeft")
     expect_query(page, lens_from="160")
-    shown = figure(page, "logit_lens")
-    eventually(page, lambda: _same(shown.evaluate("e => Array.from(e._fullData[0].x)"), list(np.arange(160, 240))))
+    shown, held = figure(page, "logit_lens"), "e => Array.from(e._fullData?.[0]?.x ?? [])"  # none while drawn anew
+    eventually(page, lambda: _same(shown.evaluate(held), list(np.arange(160, 240))))
     no_exception(page)
 
 
