@@ -65,10 +65,9 @@ class Job:
     _began: float = field(default_factory=time.monotonic)
     _thread: threading.Thread | None = None
 
-    def start(self) -> Job:
+    def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True, name="jambascope work")
         self._thread.start()
-        return self
 
     def stop(self) -> None:
         """Ask it to end; it does at its next report."""
@@ -82,6 +81,11 @@ class Job:
     @property
     def over(self) -> bool:
         return self.result is not None or self.problem is not None
+
+    @property
+    def complete(self) -> bool:
+        """Over with a result that nobody stopped."""
+        return self.result is not None and self.result.complete
 
     def seconds_left(self) -> float | None:
         """By what the share done took; None while that says little."""
@@ -161,48 +165,33 @@ def result(
         about: what it costs, beside the button.
         automatic: begin without being asked.
     """
+    slot, key = f"work {name}", (name, key)
     with st.container():  # always there, so that what follows keeps its place when a button or a bar comes or goes
-        return _result(f"work {name}", (name, key), compute, start, draw, about, automatic)
-
-
-def _result(
-    slot: str,
-    key: Hashable,
-    compute: Callable[[Report], Any],
-    start: str,
-    draw: Callable[[Any], None] | None,
-    about: str,
-    automatic: bool,
-) -> Result | None:
-    if (found := finished().get(key)) is not None:
-        return found
-    job: Job | None = st.session_state.get(slot)
-    if job is not None and job.key != key:
-        job.stop()
-        job = None
-    over = job is not None and job.over  # asked once: it may end at any moment
-    if over and _complete(job):
-        return job.result  # others have been kept since
-    if (job is None and automatic) or ((job is None or over) and _pressed(start, slot, about, job)):
-        context = get_script_run_ctx(suppress_warning=True)
-        job, over = Job(key, compute, context.session_id if context and exists() else None), False
-        st.session_state[slot] = job
-        job.start()
-    if job is None:
-        return None
-    if not over:
-        if not job.wait(GRACE_SECONDS):
-            _progress(job)
-            if draw is not None:
-                _so_far(job, draw)
+        if (found := finished().get(key)) is not None:
+            return found
+        job: Job | None = st.session_state.get(slot)
+        if job is not None and job.key != key:
+            job.stop()
+            job = None
+        over = job is not None and job.over  # asked once: it may end at any moment
+        if over and job.complete:
+            return job.result  # others have been kept since
+        if (job is None and automatic) or ((job is None or over) and _pressed(start, slot, about, job)):
+            context = get_script_run_ctx(suppress_warning=True)
+            job, over = Job(key, compute, context.session_id if context and exists() else None), False
+            st.session_state[slot] = job
+            job.start()
+        if job is None:
             return None
-        if not _complete(job):
-            st.rerun()  # which tells how it ended
-    return job.result
-
-
-def _complete(job: Job) -> bool:
-    return job.result is not None and job.result.complete
+        if not over:
+            if not job.wait(GRACE_SECONDS):
+                _progress(job)
+                if draw is not None:
+                    _so_far(job, draw)
+                return None
+            if not job.complete:
+                st.rerun()  # which tells how it ended
+        return job.result
 
 
 def readable_time(seconds: float) -> str:
@@ -220,6 +209,7 @@ def _pressed(start: str, slot: str, about: str, job: Job | None) -> bool:
             if not isinstance(job.problem, JambascopeError):
                 raise job.problem
             widgets.error(job.problem)
+            about = ""
         elif job is not None:
             about = f"Stopped at {job.share:.0%}"
             if job.result.value is not None:
@@ -229,7 +219,7 @@ def _pressed(start: str, slot: str, about: str, job: Job | None) -> bool:
                 pressed = st.button(start, key=f"{slot} start", type="primary", icon=":material/play_arrow:")
             else:
                 pressed = st.button(start, key=f"{slot} again", icon=":material/refresh:")
-            if about and (job is None or job.problem is None):
+            if about:
                 st.caption(about)
     if pressed:
         place.empty()

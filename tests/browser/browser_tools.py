@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
 
-expect.set_options(timeout=40_000)
 PACKAGED = "jamba-micro"
 PROMPT = "the plot was gripping . Alice gave the book to Bob ."
 OTHER = "whale Clara near lamp whale Clara near"

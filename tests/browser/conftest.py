@@ -36,9 +36,10 @@ def browser() -> Iterator:
     if executable is None:
         _missing("neither chromium nor google-chrome is on the PATH")
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import expect, sync_playwright
     except ImportError:
         _missing("playwright is not installed; it is in the 'test' extra")
+    expect.set_options(timeout=TIMEOUT)
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=arguments)

@@ -162,7 +162,7 @@ def test_a_stopped_sweep_keeps_what_is_done(views):
     found = swept(*views, asked, stop_at=0.1)
     assert not found.complete and np.isfinite(found.values["resid_pre"].values[0, 0, 3:6]).any()
     assert "z" not in found.values or np.isnan(found.values["z"].values[0, 0, 4]).any()
-    assert {cell.kind for cell, *_ in maps.top_cells(found, asked)} <= {"resid_pre", "z"}
+    assert "resid_pre" in {cell.kind for cell, *_ in maps.top_cells(found, asked)}
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

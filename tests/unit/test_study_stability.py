@@ -75,7 +75,7 @@ def test_a_state_that_never_decays_is_seen_to_grow(micro):
         cell = {"model": "jamba-micro", "seed": 0, "part": "activations"}
         rows = table_of("stability", cell, name, stability.measure(spec, cell, asked)).to_pandas()
         growth[name] = one(summarize(rows, [stability.GROWTH + "state"], stability.BY))
-    assert growth["own"].high < growth["endless"].low and growth["own"].n == 3
+    assert growth["own"].high < 1.3 < growth["endless"].low and growth["own"].n == 3
 
 
 def test_the_report_of_jamba_micro_is_whole(tmp_path):
