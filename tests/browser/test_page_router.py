@@ -42,8 +42,12 @@ def test_the_experts_of_each_token(open_page, model):
     expect_heat(page, "token_routes", routing.kept_weights(routes[3]).T)
     loads = [routing.expert_load(r.indices, model.config.num_experts).numpy() for r in routes.values()]
     expect_heat(page, "expert_loads", 100 * np.stack(loads))
-    bars = figure(page, "layer_load").evaluate("e => Array.from(e._fullData[0].y)")
-    assert bars == pytest.approx(100 * loads[1])
+    bars, held = figure(page, "layer_load"), "e => Array.from(e._fullData?.[0]?.y ?? [])"  # none while drawn anew
+
+    def check() -> None:
+        assert bars.evaluate(held) == pytest.approx(100 * loads[1])
+
+    eventually(page, check)
     expect_numbers(page, "balance", 2, [routing.summarize(r).max_violation for r in routes.values()])
     page.get_by_role("radio", name="all probabilities").click()
     expect(page).to_have_url(re.compile("weights=all"))
