@@ -15,6 +15,7 @@ from torch import nn
 from jambascope.config import JambaConfig
 from jambascope.devices import index_tensor
 from jambascope.hook_point import HookPoint
+from jambascope.packing import Packing
 from jambascope.state import Run
 
 
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         groups = self.n_heads // self.n_key_value_heads
         return repeat(weight, "(k p) d -> (k g) d p", k=self.n_key_value_heads, g=groups)
 
-    def forward(self, x: torch.Tensor, run: Run, reads: list[int] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, run: Run, reads: torch.Tensor | None = None) -> torch.Tensor:
         """[B T D] -> [B T D], or [B read D]; keys and values of the past come from ``run.state``."""
         q = self.hook_q(rearrange(self.q_proj(x), "b t (h p) -> b t h p", h=self.n_heads))
         k = self.hook_k(rearrange(self.k_proj(x), "b t (k p) -> b t k p", k=self.n_key_value_heads))
@@ -72,7 +73,9 @@ class Attention(nn.Module):
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         k, v = run.extend_keys(self.layer, k, v)
         shown = self._queries_shown(run.length)
-        if len(shown) == run.length:
+        if run.packing is not None:
+            z = self._attend_packed(q, k, v, run.packing)
+        elif len(shown) == run.length:
             z = self._attend(q, k, v, run, shown)
         else:
             z = F.scaled_dot_product_attention(
@@ -89,7 +92,23 @@ class Attention(nn.Module):
         z = self.hook_z(z)
         if self.hook_result.heard:
             return self.hook_result(einsum(z, self.W_O, "b t h p, h p d -> b t h d")).sum(2)
-        return self.o_proj(rearrange(z if reads is None else z[:, reads], "b t h p -> b t (h p)"))
+        return self.o_proj(rearrange(z if reads is None else z.index_select(1, reads), "b t h p -> b t (h p)"))
+
+    def _attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """q [1 token H P]; k, v [row S K P] -> [1 token H P]: rows side by side from where the first of them begins."""
+        first = packing.length - packing.longest
+        queries = q.new_zeros(len(k), packing.longest, *q.shape[2:])
+        place = packing.rows, packing.positions - first
+        queries[place] = q[0]
+        position = torch.arange(packing.length, device=q.device)
+        z = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=position <= position[first:, None],
+            enable_gqa=self.n_heads != self.n_key_value_heads,
+        )
+        return z.transpose(1, 2)[place][None]
 
     def _queries_shown(self, length: int) -> Sequence[int]:
         """Queries of this call whose scores or pattern somebody looks at."""

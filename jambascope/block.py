@@ -56,14 +56,15 @@ class Block(nn.Module):
                 return stepped
         return self.hook_resid_post(self.feed(self.mix(self.hook_resid_pre(x), run), run))
 
-    def mix(self, x: torch.Tensor, run: Run, reads: list[int] | None = None) -> torch.Tensor:
-        """The first half: [B T D] -> [B T D]; where nobody listens and only ``reads`` are wanted, [B read D]."""
+    def mix(self, x: torch.Tensor, run: Run, reads: torch.Tensor | None = None) -> torch.Tensor:
+        """The first half: [B T D] -> [B T D]; where nobody listens and only the positions ``reads`` are wanted,
+        [B read D]."""
         if self.is_attention:
             out = self.hook_attn_out(self.attn(self.ln1(x), run, reads))
         else:
             out = self.hook_mixer_out(self.mixer(self.ln1(x), run, reads))
         _note_activation(run, out)
-        return (x if reads is None else x[:, reads]) + out
+        return (x if reads is None else x.index_select(1, reads)) + out
 
     def feed(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """The second half, each position by itself: [B T D] -> [B T D], of whatever positions."""

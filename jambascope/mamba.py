@@ -61,16 +61,22 @@ class MambaMixer(nn.Module):
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
 
-    def forward(self, hidden: torch.Tensor, run: Run, reads: list[int] | None = None) -> torch.Tensor:
-        """[B T D] -> [B T D], or [B read D]; the state before the first position comes from ``run.state``."""
+    def forward(self, hidden: torch.Tensor, run: Run, reads: torch.Tensor | None = None) -> torch.Tensor:
+        """[B T D] -> [B T D]; the state before the first position comes from ``run.state``.
+
+        Where nobody listens and only the positions ``reads`` are wanted: [B read D].
+        """
         mask = None if run.mask is None else run.mask[..., None].to(hidden.dtype)
         memory = run.mamba_state(self.layer)
         # Slices rather than chunk and split: their outputs could not be edited in place by a hook.
-        projected = self.hook_in_proj(self.in_proj(hidden))
-        d_inner = projected.shape[-1] // 2
-        x, gate = projected[..., :d_inner], self.hook_gate(projected[..., d_inner:])
+        d_inner, gate = self.in_proj.out_features // 2, None
+        if reads is None:
+            projected = self.hook_in_proj(self.in_proj(hidden))
+            x, gate = projected[..., :d_inner], self.hook_gate(projected[..., d_inner:])
+        else:
+            x = self._project_in(hidden, slice(d_inner))
         past = None if memory is None else memory.conv
-        x, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, x, run.mask, past)
+        x, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, x, run, past)
         x = self.hook_x(x if mask is None else x * mask)
 
         dt_B_C = self.x_proj(x)
@@ -79,11 +85,18 @@ class MambaMixer(nn.Module):
         C = self.hook_C(self.c_layernorm(dt_B_C[..., R + N :]))
         dt = F.linear(self.dt_layernorm(dt_B_C[..., :R]), self.dt_proj.weight)
 
-        scan = self._scan(x, dt, B, C, gate, run.mask, None if memory is None else memory.ssm)
-        if memory is not None:
+        scan = self._scan(x, dt, B, C, gate, run, None if memory is None else memory.ssm)
+        if memory is not None and run.packing is None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
-        z = self.hook_z(scan.y)
-        return self.out_proj(z if reads is None else z[:, reads])
+        if reads is None:
+            return self.out_proj(self.hook_z(scan.y))
+        gate = self._project_in(hidden.index_select(1, reads), slice(d_inner, None))
+        return self.out_proj(activations.gated(scan.y.index_select(1, reads), gate))
+
+    def _project_in(self, hidden: torch.Tensor, half: slice) -> torch.Tensor:
+        """x or the gate alone."""
+        bias = self.in_proj.bias
+        return F.linear(hidden, self.in_proj.weight[half], None if bias is None else bias[half])
 
     def parameters_of_step(self) -> tuple[torch.Tensor | None, ...]:
         """The parameters in the order in which ``decode`` takes them; looked up fast, for every token."""
@@ -96,14 +109,16 @@ class MambaMixer(nn.Module):
             *(dt["weight"], dt["bias"], self.A_log, self.D, out["weight"], out["bias"]),
         )
 
-    def _scan(self, x, dt, B, C, gate, mask, initial_state) -> ScanResult:
-        """softplus of dt and its bias, the scan and the gate.
+    def _scan(self, x, dt, B, C, gate, run: Run, initial_state) -> ScanResult:
+        """softplus of dt and its bias, the scan and the gate, if there is one yet.
 
         Steps, trajectory and read-out before the gate exist only when somebody listens to them.
         """
-        dtype = torch.promote_types(dt.dtype, torch.float32)
+        dtype, mask = torch.promote_types(dt.dtype, torch.float32), run.mask
         A = -torch.exp(self.A_log.to(dtype))
         arguments = dict(A=A, B=B, C=C, D=self.D, initial_state=initial_state, mask=mask)
+        if run.packing is not None:
+            arguments["cu_seqlens"] = run.packing.bounds
         trajectory = self.hook_ssm_write.heard or self.hook_ssm_state.heard or self.hook_ssm_read.heard
         open_y = self.hook_y.heard or self.hook_ssm_read.heard
         if not open_y:

@@ -61,7 +61,7 @@ class Mamba2Mixer(nn.Module):
         self.hook_y = HookPoint()  # [B T E]
         self.hook_z = HookPoint()  # [B T E]
 
-    def forward(self, hidden: torch.Tensor, run: Run, reads: list[int] | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, run: Run, reads: torch.Tensor | None = None) -> torch.Tensor:
         """[B T D] -> [B T D], or [B read D]; the state before the first position comes from ``run.state``."""
         memory = run.mamba_state(self.layer)
         E, H, G, N = self.d_inner, self.n_heads, self.n_groups, self.d_state
@@ -71,18 +71,18 @@ class Mamba2Mixer(nn.Module):
         gate = self.hook_gate(projected[..., :E])
         xBC, dt = projected[..., E:-H], projected[..., -H:]
         past = None if memory is None else memory.conv
-        xBC, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, xBC, run.mask, past)
+        xBC, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, xBC, run, past)
         x = self.hook_x(xBC[..., :E])
         B = self.hook_B(xBC[..., E : E + G * N].unflatten(-1, (G, N)))
         C = self.hook_C(xBC[..., E + G * N :].unflatten(-1, (G, N)))
         dt = self._step_size(dt, run.mask)
 
-        scan = self._scan(x, dt, B, C, run.mask, None if memory is None else memory.ssm)
-        if memory is not None:
+        scan = self._scan(x, dt, B, C, run, None if memory is None else memory.ssm)
+        if memory is not None and run.packing is None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state.flatten(1, 2)))
         y = self.hook_y(scan.y.flatten(2))
         z = self.hook_z(self.norm(y, gate))
-        return self.out_proj(z if reads is None else z[:, reads])
+        return self.out_proj(z if reads is None else z.index_select(1, reads))
 
     def _step_size(self, dt: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """softplus(dt + bias) in float32, within ``dt_limit``, 0 at padding: [B T H]."""
@@ -91,14 +91,16 @@ class Mamba2Mixer(nn.Module):
             dt = dt.clamp(*self.dt_limit)
         return self.hook_dt(dt if mask is None else dt.masked_fill(~mask[..., None], 0.0))
 
-    def _scan(self, x, dt, B, C, mask, initial_state) -> SSDResult:
+    def _scan(self, x, dt, B, C, run: Run, initial_state) -> SSDResult:
         """SSD; the trajectory of states exists only when somebody listens to it."""
         P = self.d_inner // self.n_heads
         x = x.unflatten(-1, (self.n_heads, P))
         if initial_state is not None:
             initial_state = initial_state.unflatten(1, (self.n_heads, P))
         A = -torch.exp(self.A_log.to(dt.dtype))
-        arguments = dict(initial_state=initial_state, mask=mask, chunk_size=self.chunk_size)
+        arguments = dict(initial_state=initial_state, mask=run.mask, chunk_size=self.chunk_size)
+        if run.packing is not None:
+            return ssd(x, dt, A, B, C, self.D, **arguments, cu_seqlens=run.packing.bounds)
 
         def scan(capture=None, edits: StateEdits | None = None) -> SSDResult:
             """With captured states and edits as hooks see them, [B E T N]."""

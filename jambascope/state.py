@@ -15,6 +15,7 @@ import torch
 from jambascope.config import JambaConfig
 from jambascope.devices import index_tensor
 from jambascope.errors import InputError
+from jambascope.packing import Packing
 
 
 @dataclass
@@ -168,13 +169,16 @@ class Run:
         state: InferenceState | None,
         auxiliary: Auxiliary | None = None,
         step_weights: dict[int, tuple[int, ...] | None] | None = None,
+        packing: Packing | None = None,
     ) -> None:
         """``mask`` [B T] bool, True for tokens, or None when all are; ``state`` the memory to continue, or None;
-        ``step_weights`` what layers found out about their parameters in earlier steps of one generation."""
+        ``step_weights`` what layers found out about their parameters in earlier steps of one generation; ``packing``
+        the rows that this run's one sequence consists of, whose memory before their starts is ``state``: keys and
+        values of all positions, to be written over from there on."""
         self.batch, self.length, self.device = batch, length, device
         self.state, self.auxiliary = state, auxiliary
         self.past = 0 if state is None else state.length
-        self.mask = mask
+        self.mask, self.packing = mask, packing
         self.full_mask = self._full_mask(mask)
         self.piece_length: int | None = None
         """Positions that a layer takes at a time; None for all of them at once."""
@@ -226,7 +230,9 @@ class Run:
     def rotary(self, d_head: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [1 or B, T, 1, P]; positions count tokens, not padding."""
         if self._rotary is None:
-            if self.full_mask is None:
+            if self.packing is not None:
+                positions = self.packing.positions[None]
+            elif self.full_mask is None:
                 positions = torch.arange(self.past, self.past + self.length, device=self.device)[None]
             else:
                 positions = (self.full_mask.long().cumsum(1) - 1).clamp_min(0)[:, self.past :]
@@ -238,11 +244,15 @@ class Run:
         return cos.to(dtype), sin.to(dtype)
 
     def extend_keys(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of past and present positions, [B S K P]."""
+        """Keys and values of past and present positions, [B S K P]; of packed rows [row S K P]."""
         if self.state is None:
             return k, v
         past = self.state.layers[layer]
         assert isinstance(past, KeyValueState)
+        if self.packing is not None:
+            for held, new in ((past.keys, k), (past.values, v)):
+                held[self.packing.rows, self.packing.positions] = new[0]
+            return past.keys, past.values
         extended = past.appended(k, v, self.past)
         self._updates[layer] = extended
         end = self.past + self.length

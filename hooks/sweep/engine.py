@@ -10,8 +10,9 @@ scans are the largest part. R row, read: the positions whose logits are asked fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +20,24 @@ from jaxtyping import Float
 
 from jambascope.devices import index_tensor
 from jambascope.hooks.sweep.nodes import Target
-from jambascope.hooks.sweep.patches import Entries, Row, by_target, changed_stream, patch_hooks
+from jambascope.hooks.sweep.patches import changed_stream, patch_hooks
 from jambascope.hooks.sweep.recorded import Base, Recording
-from jambascope.state import Run
+from jambascope.hooks.sweep.rows import Row, Together, by_target
+from jambascope.state import InferenceState, Run
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
+
+TOKENS_AT_ONCE = {"cpu": 4096}
+"""Tokens of a batch, by device."""
+MOST_TOKENS = 1 << 16
+"""On other devices."""
+NEAR = 8
+"""Positions within which rows that hooks patch run side by side."""
+
+
+def tokens_at_once(model: HookedJamba) -> int:
+    return TOKENS_AT_ONCE.get(model.device.type, MOST_TOKENS)
 
 
 @dataclass
@@ -39,79 +52,104 @@ class Engine:
     """Ascending."""
 
     @torch.no_grad()
-    def logits(self, rows: Sequence[Row], start: int) -> Float[torch.Tensor, "R read vocab"]:
-        """The logits of rows that are patched at ``start`` (one of the base's starts) or later.
-
-        ``rows`` are sorted by :meth:`order`.
-        """
-        model, here = self.model, [p - start for p in self.reads if p >= start]
-        layers = [self.targets[row.target].layer for row in rows]
-        x: torch.Tensor | None = None
+    def logits(self, rows: Sequence[Row]) -> Float[torch.Tensor, "R read vocab"]:
+        """The logits of rows, which are sorted by :meth:`order`."""
+        model, x, together = self.model, None, None
+        by_layer = {
+            layer: list(group) for layer, group in groupby(rows, key=lambda row: self.targets[row.target].layer)
+        }
         with model._lock:
-            for layer in range(layers[0], model.config.n_layers):
-                last = layer == model.config.n_layers - 1
-                joining = [row for row, at in zip(rows, layers, strict=True) if at == layer]
+            for layer in range(min(by_layer), model.config.n_layers):
+                joining = by_layer.get(layer, [])
                 entering = [row for row in joining if self._enters(row)]
                 if entering:
-                    x = _joined(x, self._patched_stream(layer, entering, start))
-                present = [row for row, at in zip(rows, layers, strict=True) if at < layer] + entering
-                if x is not None:
-                    x = self._block(layer, x, present, start, here if last else None)
-                for rows_of_target in by_target([row for row in joining if not self._enters(row)]):
-                    within = self._after_layer(layer, *rows_of_target, start)
-                    x = _joined(x, within[:, here] if last else within)
-            logits = model.unembed(model.ln_final(x))
-        if len(here) == len(self.reads):
-            return logits
-        pairs = index_tensor([row.pair for row in rows], logits.device)
-        earlier = self.base.logits[:, : -len(here)].index_select(0, pairs)
-        return torch.cat((earlier, logits), dim=1)
+                    more = self._together(entering)
+                    x, together = _joined(x, self._patched_stream(layer, more)), self._with(together, more)
+                last = layer == model.config.n_layers - 1
+                if together is not None:
+                    x = self._block(layer, x, together, together.at(self.reads) if last else None)
+                for target, rows_of_target in by_target([row for row in joining if not self._enters(row)]):
+                    more = self._together(rows_of_target)
+                    within = self._after_layer(layer, target, more)
+                    if last:
+                        within = within.index_select(1, more.at(self.reads))
+                    x, together = _joined(x, within), self._with(together, more)
+            logits = model.unembed(model.ln_final(x))[0]
+        having, read = together.having(self.reads)
+        if len(having) == len(rows) * len(self.reads):
+            return logits.view(len(rows), len(self.reads), -1)
+        found = self.base.logits.index_select(0, together.pairs)
+        found[index_tensor(having, x.device), index_tensor(read, x.device)] = logits
+        return found
 
     def order(self, row: Row) -> tuple:
         """What rows are sorted by."""
-        return self.targets[row.target].layer, not self._enters(row), row.target
+        return self.targets[row.target].layer, not self._enters(row), row.target, row.positions
 
     def _enters(self, row: Row) -> bool:
         """Whether a row's patch is of what enters its layer."""
         target = self.targets[row.target]
         return target.tail == "hook_resid_pre" and target.channel_axis is None
 
-    def _patched_stream(self, layer: int, rows: list[Row], start: int) -> torch.Tensor:
-        pairs = index_tensor([row.pair for row in rows], self.model.device)
-        x = self.base.stream(layer, pairs, start)
-        entries = Entries.of(rows, self.base.length, x.device)
-        places = index_tensor([p - start for p in entries.positions], x.device)
-        x[entries.rows, places] = self.source.at(f"blocks.{layer}.hook_resid_pre", entries.prompts, entries.positions)
+    def _together(self, rows: Sequence[Row]) -> Together:
+        return Together(rows, self.base, self.model.device)
+
+    def _with(self, some: Together | None, more: Together) -> Together:
+        return more if some is None else self._together([*some.rows, *more.rows])
+
+    def _patched_stream(self, layer: int, together: Together) -> torch.Tensor:
+        x, (entries, at) = together.stream(layer), together.patched()
+        x[0, at] = self.source.at(f"blocks.{layer}.hook_resid_pre", entries.prompts, entries.positions)
         return x
 
-    def _after_layer(self, layer: int, target: int, rows: list[Row], start: int) -> torch.Tensor:
+    def _block(
+        self, layer: int, x: torch.Tensor, together: Together, reads: torch.Tensor | None
+    ) -> Float[torch.Tensor, "1 token d_model"]:
+        """One layer; where only the tokens ``reads`` are wanted of what leaves it, those."""
+        model, block, packing = self.model, self.model.blocks[layer], together.packing
+        memory = self.base.memory(model, layer, together.pairs, packing.starts)
+        state = InferenceState([memory] * model.config.n_layers)
+        run = Run(1, x.shape[1], x.device, None, state, packing=packing)
+        return block.feed(block.mix(x, run, reads), run)
+
+    def _after_layer(self, layer: int, target: int, together: Together) -> Float[torch.Tensor, "1 token d_model"]:
         """The stream after a layer within which rows are patched."""
-        found = changed_stream(self.model, self.base, self.source, self.targets[target], rows, start)
+        found = changed_stream(self.model, self.base, self.source, self.targets[target], together)
         if found is not None:
             return found
-        pairs = index_tensor([row.pair for row in rows], self.model.device)
-        hooks = patch_hooks(self.model, self.base, self.source, self.targets[target], rows)
-        return self._block(layer, self.base.stream(layer, pairs, start), rows, start, hooks=hooks)
+        parts = [self._hooked(layer, target, rows) for rows in self._near(together)]
+        return torch.cat(parts, dim=1)
 
-    def _block(
-        self,
-        layer: int,
-        x: torch.Tensor,
-        rows: Sequence[Row],
-        start: int,
-        reads: list[int] | None = None,
-        hooks: Sequence[tuple[str, Callable]] = (),
-    ) -> torch.Tensor:
-        """One layer; where only ``reads`` are wanted of what leaves it, [R read D]."""
-        model, block = self.model, self.model.blocks[layer]
-        pairs = index_tensor([row.pair for row in rows], x.device)
-        run = Run(len(x), x.shape[1], x.device, None, self.base.memory(model, layer, pairs, start))
+    def _near(self, together: Together) -> list[list[Row]]:
+        """Rows that begin at one position or, while they are few, close to each other."""
+        groups: list[list[Row]] = []
+        begin = before = 0
+        few = tokens_at_once(self.model) // 4
+        for row, start in zip(together.rows, together.packing.starts, strict=True):
+            full = groups and len(groups[-1]) * (self.base.length - begin) >= few
+            if not groups or start >= begin + NEAR or (full and start > before):
+                groups.append([])
+                begin = start
+            groups[-1].append(row)
+            before = start
+        return groups
+
+    def _hooked(self, layer: int, target: int, rows: list[Row]) -> Float[torch.Tensor, "1 token d_model"]:
+        """The stream after a layer that hooks patch: of each row from where it begins, run side by side from where the
+        first does."""
+        model, together = self.model, self._together(rows)
+        start, packing = int(together.packing.starts.min()), together.packing
+        x = self.base.stream(layer)[:, start:].index_select(0, together.pairs)
+        state = None
+        if start:
+            memory = self.base.memory(model, layer, together.pairs, [start] * len(rows))
+            state = InferenceState([memory] * model.config.n_layers, start)
         model._clock.start, model._clock.length = start, x.shape[1]
-        if not hooks:  # not block(x, run), which for one token takes the kernel of generation: seconds to compile
-            return block.feed(block.mix(x, run, reads), run)
-        with model.hooks(list(hooks)):
-            return block(x, run)
+        hooks = patch_hooks(model, self.base, self.source, self.targets[target], rows)
+        with model.hooks(hooks):
+            after = model.blocks[layer](x, Run(len(x), x.shape[1], x.device, None, state))
+        return after[packing.rows, packing.positions - start][None]
 
 
 def _joined(x: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
-    return more if x is None else torch.cat((x, more))
+    return more if x is None else torch.cat((x, more), dim=1)

@@ -27,11 +27,11 @@ from jambascope.hooks.sweep.engine import Engine
 from jambascope.hooks.sweep.memory import Need, base_bytes, room, states_bytes, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import Node, Target, targets
-from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Question, layers_of, listed, position
 from jambascope.hooks.sweep.recorded import Base, Recording, record
 from jambascope.hooks.sweep.result import KnockOuts
+from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.running import Running
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ class _KnockOuts(Running):
         of_pair = base_bytes(self.model, length, self.passed, {})
         if self.queries:
             of_pair += max(self._layer_bytes(layer) + self._query_bytes(layer) for layer in layers)
-        starts = starts_of(self.model, self.queries, len(self.queries), length)
-        need = Need(of_pair, states_bytes(self.model, self.passed), starts)
+        need = Need(of_pair, states_bytes(self.model, self.passed), self.queries)
         self.room = room(question, max_bytes, need, f"knocking out {len(edges)} edges")
 
     def run(self) -> Iterator[float]:
@@ -141,7 +140,7 @@ class _KnockOuts(Running):
         steps, done = len(self.layers) * math.ceil(self.question.pairs / n), 0
         for first in range(0, self.question.pairs, n):
             question = self.question.some(first, n)
-            starts = starts_of(self.model, self.queries, len(self.queries), question.length, self.room.states)
+            starts = starts_of(self.queries, self.room.states)
             base = Base.record(self.model, question.base, question.all_reads, starts, self.passed, {})
             self.ends(first, base, base.logits)
             yield done / steps

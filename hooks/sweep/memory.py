@@ -2,7 +2,7 @@
 
 Kept of the base run: the stream that enters each layer, keys and values, the states of Mamba layers where rows start;
 of both: the values that are patched, and the logits that metrics read, those of all pairs throughout. What a batch
-computes comes on top and is gone with it (``batches.TOKENS_AT_ONCE``).
+computes comes on top and is gone with it (``engine.TOKENS_AT_ONCE``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jambascope.errors import InputError
-from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.nodes import Target, needed, read_again
-from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.question import Question
 from jambascope.hooks.sweep.recorded import base_points, state_points
+from jambascope.hooks.sweep.rows import Row
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -109,12 +108,8 @@ class Needs:
         self.question, self.model, self.targets = question, question.model, targets
         self._of: dict[int, _Wanted] = {}
         length, d_conv = question.length, self.model.config.d_conv
-        cells: dict[tuple[int, tuple[int, ...]], int] = {}
-        for row in rows:
-            cells[row.target, row.positions] = cells.get((row.target, row.positions), 0) + 1
-        for (target, positions), n in cells.items():
+        for target, positions in {(row.target, row.positions) for row in rows}:
             mine, of = self._of.setdefault(target, _Wanted()), targets[target]
-            mine.rows += n
             mine.firsts.add(positions[0])
             points = dict.fromkeys(needed(of), positions), read_again(of, positions, length, d_conv)
             for found, wanted in zip((mine.source, mine.base), points, strict=True):
@@ -140,8 +135,7 @@ class Needs:
         of_pair = values_bytes(self.model, self.of_source(group), length)
         of_pair += base_bytes(self.model, length, layers, self.of_base(group))
         firsts = set().union(*(self._of[i].firsts for i in group))
-        starts = starts_of(self.model, firsts, sum(self._of[i].rows for i in group), length)
-        return Need(of_pair, states_bytes(self.model, layers), starts)
+        return Need(of_pair, states_bytes(self.model, layers), sorted(firsts))
 
     def groups(self, max_bytes: int) -> tuple[list[list[int]], list[Room]]:
         """The targets in as few groups as may be, and the room for each: all together where one pair fits.
@@ -166,12 +160,11 @@ class Needs:
 
 @dataclass
 class _Wanted:
-    """By a target's rows: hook points of both runs and their positions, the rows' first ones, and how many rows."""
+    """By a target's rows: hook points of both runs and their positions, and the rows' first ones."""
 
     source: dict[str, set[int]] = field(default_factory=dict)
     base: dict[str, set[int]] = field(default_factory=dict)
     firsts: set[int] = field(default_factory=set)
-    rows: int = 0
 
 
 def _merged(wanted: Iterable[dict[str, set[int]]]) -> dict[str, list[int]]:

@@ -6,8 +6,6 @@ Axes as in the hook table; R row, A prompt of the source run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,62 +16,16 @@ from jambascope.hook_point import At, HookPoint, StateEdit
 from jambascope.hook_table import HookRow
 from jambascope.hooks.sweep.nodes import CONV, CONV_STATE, EXPERT_OUT, MIDDLE, MLP_OUT, ROUTE, STATE, Target
 from jambascope.hooks.sweep.recorded import Base, Recording
+from jambascope.hooks.sweep.rows import Entries, Row, Together
 from jambascope.state import Run
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
 
-@dataclass(frozen=True)
-class Row:
-    """A cell of a prompt pair: what one row of a batch is patched with."""
-
-    pair: int
-    """The prompt of the base run, among those that are recorded together."""
-    source: int
-    """The prompt of the source run, the same way."""
-    target: int
-    """Index among the targets."""
-    positions: tuple[int, ...]
-    """Ascending; those after the last reading are not patched, but windows are counted from them."""
-    cell: int
-    """Among the target's."""
-    place: tuple
-    """Where its result belongs: a name, the pair among all, and the rest of the axes."""
-
-
-@dataclass
-class Entries:
-    """The patched positions of rows one by one."""
-
-    rows: Int[torch.Tensor, " entry"]
-    prompts: Int[torch.Tensor, " entry"]
-    """Of the source."""
-    pairs: Int[torch.Tensor, " entry"]
-    """Of the base."""
-    positions: list[int]
-    cells: list[int]
-    batch: int
-    """Rows."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], length: int, device: torch.device) -> Entries:
-        each = [
-            (i, row.source, row.pair, p, row.cell) for i, row in enumerate(rows) for p in row.positions if p < length
-        ]
-        at, sources, pairs, positions, cells = zip(*each, strict=True)
-        tensors = (index_tensor(v, device) for v in (at, sources, pairs))
-        return cls(*tensors, list(positions), list(cells), len(rows))
-
-
-def by_target(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
-    """Rows (sorted by target) of each target."""
-    return [(target, list(group)) for target, group in groupby(rows, key=lambda row: row.target)]
-
-
 def changed_stream(
-    model: HookedJamba, base: Base, source: Recording, target: Target, rows: Sequence[Row], start: int
-) -> Float[torch.Tensor, "R pos d_model"] | None:
+    model: HookedJamba, base: Base, source: Recording, target: Target, together: Together
+) -> Float[torch.Tensor, "1 token d_model"] | None:
     """The stream after a layer whose rows are patched where only the patched positions of it change, so that the layer
     itself need not run again; None where that is not so."""
     layer, tail, block = target.layer, target.tail, model.blocks[target.layer]
@@ -81,20 +33,19 @@ def changed_stream(
         return None
     if target.channel_axis and tail != EXPERT_OUT:
         return None
-    pairs = index_tensor([row.pair for row in rows], model.device)
-    entries, after = Entries.of(rows, base.length, model.device), base.stream(layer + 1, pairs, start)
-    at = (entries.rows, index_tensor([p - start for p in entries.positions], model.device))
+    entries, at = together.patched()
+    after = together.stream(layer + 1)
     if tail == EXPERT_OUT:
-        after[at] += _change_of_experts(base, source, target, entries)
+        after[0, at] += _change_of_experts(base, source, target, entries)
         return after
     new = source.at(target.name, entries.prompts, entries.positions)
     if tail == MLP_OUT:
         new = base.recording.at(f"blocks.{layer}.{MIDDLE}", entries.pairs, entries.positions) + new
     elif tail in ("hook_attn_out", "hook_mixer_out"):
-        new = base.stream(layer, pairs, start)[at] + new
+        new = together.stream(layer)[0, at] + new
     if block.has_feed_forward and tail not in (MLP_OUT, "hook_resid_post"):
         new = block.feed(new[:, None], Run(len(new), 1, model.device, None, None))[:, 0]
-    after[at] = new
+    after[0, at] = new
     return after
 
 

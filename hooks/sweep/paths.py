@@ -25,11 +25,11 @@ from jambascope.hooks.sweep.engine import Engine
 from jambascope.hooks.sweep.memory import Need, base_bytes, room, states_bytes, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, distinct, expert_addend, needed, targets, targets_of
-from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Question, layers_of
 from jambascope.hooks.sweep.recorded import Base, Recording, record
 from jambascope.hooks.sweep.result import Effects
+from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.running import Running
 from jambascope.state import Run
 
@@ -174,8 +174,7 @@ class _Paths(Running):
         length, first = self.question.length, self._first(self.question)
         recorded = base_bytes(self.model, length, self.layers, self.of_base)
         recorded += values_bytes(self.model, self.of_source, length)
-        starts = starts_of(self.model, [first], 1, length)
-        return Need(recorded + self._stream + self._most_read, states_bytes(self.model, self.layers), starts)
+        return Need(recorded + self._stream + self._most_read, states_bytes(self.model, self.layers), [first])
 
     @property
     def _stream(self) -> int:
@@ -203,7 +202,7 @@ class _Paths(Running):
         for begin in range(0, question.pairs, self.room.pairs):
             some = question.some(begin, self.room.pairs)
             source, source_logits = record(self.model, some.source, self.of_source, some.all_reads)
-            starts = starts_of(self.model, [self._first(some)], 1, some.length, self.room.states)
+            starts = starts_of([self._first(some)], self.room.states)
             base = Base.record(self.model, some.base, some.all_reads, starts, self.layers, self.of_base)
             self.ends(begin, base, source_logits)
             yield done / max(work, 1)
@@ -243,14 +242,13 @@ class _Paths(Running):
         """Each reading from the first that any sender of a group reaches: its stage, the senders that reach it, and the
         stream as each of them alone changes it, [sender pair pos d_model]."""
         config, lowest = self.model.config, self.layers[0]
-        everyone = torch.arange(len(base.logits), device=self.model.device)
-        before, active = base.stream(lowest, everyone, 0), []
+        before, active = base.stream(lowest), []
         streams = before.new_empty(0, *before.shape)
         for stage in range(2 * lowest + 1, 2 * config.n_layers + 1):
             layer, mixed = divmod(stage, 2)
             if mixed and config.feed_forwards[layer] == "none":
                 continue
-            now = base.recording.values[f"blocks.{layer}.hook_resid_mid"] if mixed else base.stream(layer, everyone, 0)
+            now = base.recording.values[f"blocks.{layer}.hook_resid_mid"] if mixed else base.stream(layer)
             if not mixed and self.through == "feed_forwards" and config.feed_forwards[layer - 1] != "none" and active:
                 flat = streams.flatten(0, 1)
                 run = Run(len(flat), flat.shape[1], flat.device, None, None)

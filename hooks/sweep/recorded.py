@@ -6,6 +6,7 @@ remembers, R row (one cell of one pair).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -119,36 +120,48 @@ class Base:
         keys = {i: state.layers[i] for i in layers if isinstance(state.layers[i], KeyValueState)}
         return cls(recording, logits, length, starts, keys)
 
-    def stream(self, layer: int, prompts: torch.Tensor, start: int) -> Float[torch.Tensor, "row pos d_model"]:
-        """What enters a layer, from a position on; after the last layer what leaves it."""
+    def start_of(self, position: int) -> int:
+        """Where rows start that are first patched at a position."""
+        return self.starts[bisect_right(self.starts, position) - 1]
+
+    def stream(self, layer: int) -> Float[torch.Tensor, "prompt pos d_model"]:
+        """What enters a layer; after the last layer what leaves it."""
         name = f"blocks.{layer}.hook_resid_pre"
         if name not in self.recording.values:
             name = f"blocks.{layer - 1}.hook_resid_post"
-        return self.recording.values[name][:, start:].index_select(0, prompts)
+        return self.recording.values[name]
 
-    def memory(self, model: HookedJamba, layer: int, prompts: torch.Tensor, start: int) -> InferenceState | None:
-        """What a layer remembers at a position of ``starts``, for rows that go on from there; None at the first."""
-        if not start:
-            return None
+    def memory(
+        self, model: HookedJamba, layer: int, prompts: Int[torch.Tensor, " row"], starts: Sequence[int]
+    ) -> KeyValueState | MambaState:
+        """What a layer remembers when each row of a prompt begins at one of ``starts``; its own to write into.
+
+        Keys and values are those of all positions.
+        """
         if layer in self.keys:
-            # With room for the positions to come, which are written over.
-            held = (
-                m[:, : self.length].index_select(0, prompts) for m in (self.keys[layer].keys, self.keys[layer].values)
-            )
-            found: KeyValueState | MambaState = KeyValueState(*held)
+            held = self.keys[layer]
+            return KeyValueState(*(m[:, : self.length].index_select(0, prompts) for m in (held.keys, held.values)))
+        mixer = model.config.mixers[layer]
+        if not any(starts):
+            return MambaState.create(model.config, mixer, len(prompts), model.device, model.dtype)
+        conv = torch.empty(len(prompts), 0, model.config.conv_width(mixer), dtype=model.dtype, device=model.device)
+        if model.config.d_conv > 1:
+            conv = self._before(f"blocks.{layer}.{CONV_STATE}", prompts, starts)
+        return MambaState(conv, self._before(f"blocks.{layer}.{STATE}", prompts, starts))
+
+    def _before(self, name: str, prompts: Int[torch.Tensor, " row"], starts: Sequence[int]) -> torch.Tensor:
+        """What a Mamba layer held before each row: [R ...], zeros at the first position."""
+        value, any_held = self.recording.values[name], self.recording.positions[name][0]
+        places = self.recording.places(name, [start - 1 if start else any_held for start in starts])
+        at = prompts, index_tensor(places, value.device)
+        if name.endswith(STATE):  # [A E T N], whose memory is [A T N E]
+            found = value.permute(0, 2, 3, 1)[at].mT
         else:
-            ssm = self.recording.values[f"blocks.{layer}.{STATE}"]
-            (place,) = self.recording.places(f"blocks.{layer}.{STATE}", [start - 1])
-            ssm = ssm[:, :, place].index_select(0, prompts)
-            width = model.config.conv_width(model.config.mixers[layer])
-            conv = torch.empty(len(prompts), 0, width, dtype=model.dtype, device=model.device)
-            if model.config.d_conv > 1:
-                name = f"blocks.{layer}.{CONV_STATE}"
-                conv = self.recording.values[name][:, self.recording.places(name, [start - 1])[0]].index_select(
-                    0, prompts
-                )
-            found = MambaState(conv, ssm)
-        return InferenceState([found] * model.config.n_layers, start)
+            found = value[at]
+        fresh = [i for i, start in enumerate(starts) if not start]
+        if fresh:
+            found[index_tensor(fresh, value.device)] = 0
+        return found
 
 
 def base_points(length: int, layers: range, further: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:

@@ -13,11 +13,11 @@ import xarray as xr
 from jambascope.errors import JambascopeError
 from jambascope.hooks.sweep.batches import measured
 from jambascope.hooks.sweep.engine import Engine
-from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress, watched
 from jambascope.hooks.sweep.question import Measure, Question
 from jambascope.hooks.sweep.recorded import Base
 from jambascope.hooks.sweep.result import Effects, SweepError
+from jambascope.hooks.sweep.rows import Row
 
 
 class Running(ABC):

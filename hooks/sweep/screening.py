@@ -20,11 +20,11 @@ from jambascope.hooks.intervals import at_least
 from jambascope.hooks.sweep.memory import Need, Needs, room, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, axes_of
-from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Measure, Question
 from jambascope.hooks.sweep.recorded import record
 from jambascope.hooks.sweep.result import PatchSweep, SweepError
+from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.sweep import Cells, Sweep
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from jambascope.hooks.sweep.engine import Engine
 from jambascope.hooks.sweep.memory import Needs, Room
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import Node, axes_of, targets_of
-from jambascope.hooks.sweep.patches import Row
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Question, layers_of, listed, position
 from jambascope.hooks.sweep.recorded import Base, record
 from jambascope.hooks.sweep.result import PatchSweep
+from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.running import Running
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Sweep(Running):
     ) -> tuple[Engine, torch.Tensor]:
         """Both runs of some pairs, with what the rows need of them."""
         reads, needs = question.all_reads, self.needs
-        starts = starts_of(self.model, {row.positions[0] for row in rows}, len(rows), question.length, room.states)
+        starts = starts_of({row.positions[0] for row in rows}, room.states)
         source, source_logits = record(self.model, question.source, needs.of_source(group), reads)
         base = Base.record(self.model, question.base, reads, starts, needs.layers(group), needs.of_base(group))
         return Engine(self.model, self.cells.targets, base, source, reads), source_logits

@@ -13,3 +13,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(v is None or type(v) in (torch.Tensor, nn.Parameter) for v in tensors)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)

@@ -17,7 +17,7 @@ from jambascope.hooks.sweep import (
     Metric,
     Node,
     SweepError,
-    batches,
+    engine,
     interventions,
     kl_divergence,
     label_mass,
@@ -82,7 +82,7 @@ def tails(model: HookedJamba) -> list[str]:
     ("kind", "direction"), [("hybrid", "denoise"), ("mamba2", "noise"), ("one-slot", "noise")], ids=lambda v: v
 )
 def test_every_hook_point_is_patched_as_the_loop_does(kind, direction, model_of_kind, monkeypatch):
-    monkeypatch.setattr(batches, "WIDEST", 2)
+    monkeypatch.setattr(engine, "NEAR", 2)
     model, cells = model_of_kind(kind), [(0,), (3,), (4,)]
     for tail in tails(model):
         expected = naive(model, tail, cells, direction)
@@ -161,8 +161,8 @@ def test_numbers_of_any_kind_are_taken(model_of_kind):
 @pytest.mark.parametrize("kind", ["attention", "no-attention", "no-moe"])
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_other_models_and_other_batches(kind, width, model_of_kind, monkeypatch):
-    monkeypatch.setattr(batches, "WIDEST", width)
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 8 * width)
+    monkeypatch.setattr(engine, "NEAR", width)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 8 * width)
     model, cells = model_of_kind(kind), [(p,) for p in range(LENGTH)]
     for node in ("resid_pre", "resid_mid", "resid_post") if kind != "no-attention" else ("resid_pre", "ssm_state"):
         close(swept(model, node, None or [c[0] for c in cells]), naive(model, node, cells))
@@ -249,7 +249,7 @@ def test_what_comes_before_the_first_difference_or_after_the_last_reading_costs_
     clean, corrupted = pairs()
     tokens = []
     original = Engine.logits
-    monkeypatch.setattr(Engine, "logits", lambda self, rows, start: tokens.extend(rows) or original(self, rows, start))
+    monkeypatch.setattr(Engine, "logits", lambda self, rows: tokens.extend(rows) or original(self, rows))
     metric = logit_difference(5, 6, position=4)
     found = patch_sweep(model, clean[1:], corrupted[1:], metric, progress=False)
     assert sorted({row.positions[0] for row in tokens}) == [2, 3, 4]
@@ -292,7 +292,7 @@ def test_a_whole_patch_is_one_and_a_pair_that_does_not_differ_has_no_share(model
 
 def test_stopped_it_keeps_what_is_done(model_of_kind, monkeypatch, tmp_path):
     model = model_of_kind("hybrid")
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 6)
     seen = []
 
     def stop(share, result):
@@ -306,11 +306,11 @@ def test_stopped_it_keeps_what_is_done(model_of_kind, monkeypatch, tmp_path):
     found.save(tmp_path / "cells.parquet")
     original, calls = Engine.logits, []
 
-    def interrupt(self, rows, start):
-        calls.append(start)
+    def interrupt(self, rows):
+        calls.append(rows)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self, rows, start)
+        return original(self, rows)
 
     monkeypatch.setattr(Engine, "logits", interrupt)
     found = patch_sweep(model, *pairs(), DIFFERENCE, progress=False)
@@ -319,13 +319,13 @@ def test_stopped_it_keeps_what_is_done(model_of_kind, monkeypatch, tmp_path):
 
 def test_a_metric_that_fails_at_a_cell_keeps_what_is_done(model_of_kind, monkeypatch):
     model, calls = model_of_kind("hybrid"), []
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 6)
 
     def odd(logits: torch.Tensor) -> torch.Tensor:
         calls.append(len(logits))
         return logits[:, 0, 5] * (float("nan") if len(calls) == 6 else 1.0)
 
-    with pytest.raises(SweepError, match=r"odd is nan at resid_pre, pair 0, layer \d, position \d") as error:
+    with pytest.raises(SweepError, match=r"odd is nan at resid_pre, pair \d, layer \d, position \d") as error:
         patch_sweep(model, *pairs(), odd, progress=False)
     assert error.value.result.values["resid_pre"].notnull().any()
 

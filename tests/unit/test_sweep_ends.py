@@ -14,7 +14,7 @@ from jambascope import HookedJamba
 from jambascope.hook_point import HookPoint
 from jambascope.hooks.sweep import (
     SweepError,
-    batches,
+    engine,
     knock_out_sweep,
     logit_difference,
     patch_sweep,
@@ -55,7 +55,7 @@ def test_interrupted_before_anything_is_known_it_is_empty(sweep, model_of_kind, 
 
 
 def test_what_was_not_reached_is_nan(sweep, model_of_kind, monkeypatch):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 1)
     model, shares = model_of_kind("hybrid"), []
     found = sweep(model, DIFFERENCE, progress=lambda share, _: shares.append(share) or len(shares) < 6)
     whole = sweep(model, DIFFERENCE, progress=False)
@@ -74,7 +74,7 @@ def test_a_result_so_far_does_not_change_later(sweep, model_of_kind):
 
 
 def test_a_metric_that_fails_somewhere_keeps_what_is_done(sweep, model_of_kind, monkeypatch):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 6)
     calls = []
 
     def odd(logits: torch.Tensor) -> torch.Tensor:

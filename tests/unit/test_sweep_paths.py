@@ -10,7 +10,7 @@ from jambascope.errors import HookError, InputError
 from jambascope.hooks import run
 from jambascope.hooks.interventions import AddDirection, Patch
 from jambascope.hooks.patching import get_act_patch_direct_path
-from jambascope.hooks.sweep import batches, logit_difference, path_patch
+from jambascope.hooks.sweep import engine, logit_difference, path_patch
 from jambascope.hooks.sweep.nodes import expert_addend
 
 LENGTH = 5
@@ -85,7 +85,7 @@ def naive(model, labels, receivers, through, direction="denoise"):
     ],
 )
 def test_every_path_is_what_three_runs_give(kind, through, direction, model_of_kind, monkeypatch):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 32)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 32)
     model = model_of_kind(kind)
     senders = ["z", "mixer_out", "mlp_out"] + ["expert_out"] * ("moe" in model.config.feed_forwards)
     found = path_patch(

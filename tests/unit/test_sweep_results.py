@@ -16,7 +16,7 @@ from jambascope.hooks.sweep import (
     Node,
     PatchSweep,
     SweepError,
-    batches,
+    engine,
     kl_divergence,
     knock_out_sweep,
     label_mass,
@@ -68,7 +68,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(("failure", "message", "cause"), FAILURES.values(), ids=list(FAILURES))
 def test_a_metric_that_fails_late_loses_nothing(failure, message, cause, sweep, model_of_kind, monkeypatch):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 6)
     model, calls = model_of_kind("hybrid"), []
 
     def failing(logits: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_a_metric_that_fails_at_once_says_so_with_its_cause(sweep, model_of_kind
 
 
 def test_another_failure_keeps_what_is_done_too(sweep, model_of_kind, monkeypatch):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 6)
     calls = []
 
     def progress(share, result):
@@ -107,7 +107,7 @@ def test_another_failure_keeps_what_is_done_too(sweep, model_of_kind, monkeypatc
 
 @pytest.mark.parametrize("at", [3, 6], ids=["before a cell is done", "later"])
 def test_a_screen_that_fails_keeps_its_estimates(at, model_of_kind, monkeypatch):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 6)
     model, calls = model_of_kind("hybrid"), []
     whole = screen(model, CLEAN, CORRUPTED, DIFFERENCE, "resid_pre", top=12, progress=False)
 
@@ -122,7 +122,7 @@ def test_a_screen_that_fails_keeps_its_estimates(at, model_of_kind, monkeypatch)
 
 
 def test_progress_rises_to_one_as_results_fill_in(sweep, model_of_kind, monkeypatch):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 6)
     model, seen = model_of_kind("hybrid"), []
     found = sweep(model, DIFFERENCE, progress=lambda share, result: seen.append((share, known(result))))
     shares, cells = zip(*seen, strict=True)
@@ -135,7 +135,7 @@ def test_progress_rises_to_one_as_results_fill_in(sweep, model_of_kind, monkeypa
 
 @pytest.mark.parametrize("options", [{}, {"positions": [(0, 1), 3], "direction": "noise"}], ids=["all", "some"])
 def test_what_is_saved_is_loaded(options, model_of_kind, monkeypatch, tmp_path):
-    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 40)
+    monkeypatch.setitem(engine.TOKENS_AT_ONCE, "cpu", 40)
     nodes = ["z", "resid_pre", Node("y", channels=20), Node("z", channels=3)]
     found = patch_sweep(
         model_of_kind("hybrid"), CLEAN, CORRUPTED, [DIFFERENCE, rank(5)], nodes, progress=lambda share, _: share < 0.8,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +16,8 @@ from jaxtyping import Bool, Float
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels.causal_conv import cpu, reference, triton
 from jambascope.kernels.causal_conv.interface import neighbours, next_past
-from jambascope.kernels.plain import is_plain
+from jambascope.kernels.packed import checked_bounds, one_behind_the_other, refuse_packed, side_by_side
+from jambascope.kernels.plain import is_plain, wants_gradient
 from jambascope.kernels.triton_runtime import can_launch
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "next_past"]
@@ -34,6 +36,7 @@ def causal_conv1d(
     silu: bool = False,
     mask: Bool[torch.Tensor, "batch pos"] | None = None,
     resets: Bool[torch.Tensor, "batch pos"] | None = None,
+    cu_seqlens: Sequence[int] | None = None,
     backend: Backend = "auto",
 ) -> Float[torch.Tensor, "batch pos d_inner"]:
     """``out_t = bias + sum_k weight[:, k] * in_{t - (d_conv - 1) + k}``, with ``past`` (or zeros) before position 0.
@@ -48,6 +51,8 @@ def causal_conv1d(
             its row as if padding were not there; outputs at padding are 0.
         resets: True at the first token of a document packed into the row: neither what is before it nor ``past`` is
             seen from there on.
+        cu_seqlens: ascending from 0 to T: where rows of different lengths, packed one behind the other into x [1 T E],
+            begin and end. ``past`` is then [row d_conv-1 E]; without mask and resets.
         backend: ``"auto"`` takes ``cpu`` on a CPU and ``triton`` on a GPU that has it, for float32, bfloat16 and
             float16, else ``reference``.
 
@@ -55,9 +60,16 @@ def causal_conv1d(
         ConfigError: an unknown backend, or one that cannot take these tensors.
         InputError: shapes that do not fit, or a mask or resets that are not bool.
     """
-    _check_shapes(x, "[B T E]", weight, bias, past, mask, resets)
-    tables = neighbours(mask, resets, weight.shape[1])
-    return _chosen(backend, x, weight).causal_conv1d(x, weight, bias, past, silu, tables)
+    bounds = None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
+    _check_shapes(x, "[B T E]", weight, bias, past, mask, resets, bounds)
+    chosen = _chosen(backend, x, weight)
+    if bounds is None:
+        return chosen.causal_conv1d(x, weight, bias, past, silu, neighbours(mask, resets, weight.shape[1]))
+    refuse_packed(mask=mask, resets=resets)
+    if chosen is cpu and not wants_gradient(x, weight, bias, past):
+        return cpu.causal_conv1d(x, weight, bias, past, silu, None, bounds)
+    out = chosen.causal_conv1d(side_by_side(x, bounds), weight, bias, past, silu, None)
+    return one_behind_the_other(out, bounds)
 
 
 def causal_conv1d_step(
@@ -75,7 +87,7 @@ def causal_conv1d_step(
     """
     _check_shapes(x, "[B E]", weight, bias, past)
     chosen = _chosen(backend, x, weight)
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, past)):
+    if wants_gradient(x, weight, bias, past):
         chosen = reference
     return chosen.step(x, weight, bias, past, silu)
 
@@ -101,7 +113,7 @@ def _chosen(backend: str, x: torch.Tensor, weight: torch.Tensor):
     return _BACKENDS[backend]
 
 
-def _check_shapes(x, axes, weight, bias, past, mask=None, resets=None) -> None:
+def _check_shapes(x, axes, weight, bias, past, mask=None, resets=None, bounds=None) -> None:
     if x.ndim != axes.count(" ") + 1 or weight.ndim != 2 or 0 in weight.shape:
         raise InputError(f"x and weight have shapes {tuple(x.shape)} and {tuple(weight.shape)}; give {axes} and [E K]")
     positions, channels, width = x.shape[:-1], x.shape[-1], weight.shape[1]
@@ -110,7 +122,7 @@ def _check_shapes(x, axes, weight, bias, past, mask=None, resets=None) -> None:
     expected = (
         ("weight", weight, (channels, width)),
         ("bias", bias, (channels,)),
-        ("past", past, (x.shape[0], width - 1, channels)),
+        ("past", past, (x.shape[0] if bounds is None else len(bounds) - 1, width - 1, channels)),
         ("mask", mask, positions),
         ("resets", resets, positions),
     )

@@ -24,13 +24,17 @@ def causal_conv1d(
     past: torch.Tensor | None,
     silu: bool,
     tables: Neighbours | None,
+    bounds: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """See :func:`jambascope.kernels.causal_conv.causal_conv1d`. Arithmetic in float32."""
-    tensors = _prepared(x, weight, bias, past)
+    """See :func:`jambascope.kernels.causal_conv.causal_conv1d`. Arithmetic in float32.
+
+    Rows of different lengths (``bounds``) without gradients and tables.
+    """
+    tensors = _prepared(x, weight, bias, past, None if bounds is None else len(bounds) - 1)
     if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
         out = _Conv.apply(*tensors, silu, tables)
     else:
-        out = _forward(*tensors, silu, tables)
+        out = _forward(*tensors, silu, tables, bounds)
     return out if out.shape == x.shape and out.dtype == x.dtype else out[..., : x.shape[2]].to(x.dtype)
 
 
@@ -60,39 +64,44 @@ def _taps(width: int) -> tuple[int, ...]:
     return tuple(range(width))
 
 
-def _prepared(x, weight, bias, past) -> tuple[torch.Tensor, ...]:
-    """Float32 with at least LANES channels; contiguous, but for x of which only neighbouring channels need be."""
+def _prepared(x, weight, bias, past, rows: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Float32 with at least LANES channels; contiguous, but for x, whose positions may be further apart."""
     from jambascope.kernels.vectors import LANES
 
     channels, width = weight.shape
     bias = weight.new_zeros(channels) if bias is None else bias
-    past = x.new_zeros(x.shape[0], width - 1, channels) if past is None else past
+    past = x.new_zeros(rows or x.shape[0], width - 1, channels) if past is None else past
     x, weight, bias, past = x.float(), weight.float(), bias.float(), past.float()
     missing = LANES - channels
     if missing > 0:
         x, bias, past = (F.pad(v, (0, missing)) for v in (x, bias, past))
         weight = F.pad(weight, (0, 0, 0, missing))
-    if x.stride(-1) != 1:
+    in_step = x.ndim == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    if x.stride(-1) != 1 or not in_step:
         x = x.contiguous()
     return x, weight.contiguous(), bias.contiguous(), past.contiguous()
 
 
 def _addresses(x, weight, bias, past) -> tuple[int, ...]:
-    return x.data_ptr(), x.stride(0), x.stride(1), past.data_ptr(), weight.data_ptr(), bias.data_ptr()
+    return x.data_ptr(), x.stride(1), past.data_ptr(), weight.data_ptr(), bias.data_ptr()
 
 
-def _forward(x, weight, bias, past, silu: bool, tables: Neighbours | None) -> torch.Tensor:
+def _forward(
+    x, weight, bias, past, silu: bool, tables: Neighbours | None, bounds: np.ndarray | None = None
+) -> torch.Tensor:
     from jambascope.kernels.causal_conv import cpu_kernels as k
 
     batch, length, channels = x.shape
     out = torch.empty(batch, length, channels, **FLOAT32)
     source = _NO_TABLE if tables is None else tables.source.numpy()
     inputs = _addresses(x, weight, bias, past)
-    into, taps = out.data_ptr(), _taps(weight.shape[1])
+    into, taps, chunks = out.data_ptr(), _taps(weight.shape[1]), 1
+    if bounds is None:
+        bounds, chunks = np.arange(batch + 1) * length, -(-length // k.CHUNK)
     announce_first_compile(k.forward)
     run_items(
-        lambda start, stop: k.forward(start, stop, length, channels, *inputs, source, taps, silu, into),
-        batch * -(-length // k.CHUNK),
+        lambda start, stop: k.forward(start, stop, bounds, chunks, channels, *inputs, source, taps, silu, into),
+        (len(bounds) - 1) * chunks,
         serial=out.numel() < SERIAL_BELOW,
     )
     return out

@@ -2,7 +2,7 @@
 
 A work item is CHUNK positions of one batch row. It takes its channels LANES at a time and walks through its positions
 with the last inputs, the weights and the sums in registers; the chunk's rows meanwhile lie in cache. Arrays arrive as
-addresses (float32; contiguous but for ``x``, whose strides are given), and ``taps`` as ``(0, 1, .. K - 1)``: its length
+addresses (float32; contiguous but for ``x``, whose positions are ``x_row`` apart), and ``taps`` as ``(0, 1, .. K - 1)``: its length
 is part of its type, so that a loop over it is unrolled.
 
 Inputs are numbered as in ``cat(past, x)``: ``source`` [B T K] says which of them tap k of an output meets, ``target``
@@ -24,10 +24,11 @@ CHUNK = 32
 
 
 @njit(inline="always")
-def _input(x, x_batch, x_row, past, b, j, e, E, K):
+def _input(x, x_row, begin, past, b, j, e, E, K):
+    """Input ``j`` of row ``b``, whose first position is ``begin`` of the flat ones."""
     if j < K - 1:
         return load(past, (b * (K - 1) + j) * E + e)
-    return load(x, b * x_batch + (j - (K - 1)) * x_row + e)
+    return load(x, (begin + j - (K - 1)) * x_row + e)
 
 
 @njit(inline="always")
@@ -41,24 +42,24 @@ def _weights(address, e, taps):
 
 
 @njit(inline="always")
-def _window_before(x, x_batch, x_row, past, b, first, e, E, source, taps):
+def _window_before(x, x_row, begin, past, b, first, e, E, source, taps):
     """The inputs that the next position shares with the one before; nothing where the table is asked instead."""
     K = len(taps)
     window = repeat(splat(np.float32(0.0)), taps)
     if source.size == 0:
         for k in range(1, K):
-            window = tuple_setitem(window, k, _input(x, x_batch, x_row, past, b, first - 1 + k, e, E, K))
+            window = tuple_setitem(window, k, _input(x, x_row, begin, past, b, first - 1 + k, e, E, K))
     return window
 
 
 @njit(inline="always")
-def _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps):
+def _window_at(window, x, x_row, begin, past, b, t, e, E, source, taps):
     K = len(taps)
     if source.size == 0:
-        return window[1:] + (load(x, b * x_batch + t * x_row + e),)
+        return window[1:] + (load(x, (begin + t) * x_row + e),)
     for k in range(K):
         j = source[b, t, k]
-        tap = _input(x, x_batch, x_row, past, b, j, e, E, K) if j >= 0 else splat(np.float32(0.0))
+        tap = _input(x, x_row, begin, past, b, j, e, E, K) if j >= 0 else splat(np.float32(0.0))
         window = tuple_setitem(window, k, tap)
     return window
 
@@ -71,27 +72,33 @@ def _dot(weights, window, sums):
 
 
 @njit(nogil=True, cache=True)
-def forward(start, stop, T, E, x, x_batch, x_row, past, weight, bias, source, taps, silu, out):
-    """weight [E K]; bias [E]; past [B K-1 E]; out [B T E]. E at least LANES: the last block overlaps its neighbour."""
+def forward(start, stop, bounds, chunks, E, x, x_row, past, weight, bias, source, taps, silu, out):
+    """weight [E K]; bias [E]; past [B K-1 E]; out [B T E]. E at least LANES: the last block overlaps its neighbour.
+
+    Row b has the positions from bounds[b] to bounds[b + 1] of the flat ones. A row is that many ``chunks``, work items;
+    with 1, whatever its length is.
+    """
     K = len(taps)
     zero = splat(np.float32(0.0))
-    chunks = -(-T // CHUNK)
     for item in range(start, stop):
-        b, first = item // chunks, item % chunks * CHUNK
-        for block in range(-(-E // LANES)):
-            e = min(block * LANES, E - LANES)
-            weights = _weights(weight, e, taps)
-            offset = load(bias, e)
-            window = _window_before(x, x_batch, x_row, past, b, first, e, E, source, taps)
-            for t in range(first, min(first + CHUNK, T)):
-                if source.size and source[b, t, K - 1] < 0:
-                    store(out, (b * T + t) * E + e, zero)
-                    continue
-                window = _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps)
-                v = _dot(weights, window, offset)
-                if silu:
-                    v = v * sigmoid(v)
-                store(out, (b * T + t) * E + e, v)
+        b, chunk = item // chunks, item % chunks
+        begin = bounds[b]
+        T = bounds[b + 1] - begin
+        for first in range(chunk * CHUNK, T if chunks == 1 else min((chunk + 1) * CHUNK, T), CHUNK):
+            for block in range(-(-E // LANES)):
+                e = min(block * LANES, E - LANES)
+                weights = _weights(weight, e, taps)
+                offset = load(bias, e)
+                window = _window_before(x, x_row, begin, past, b, first, e, E, source, taps)
+                for t in range(first, min(first + CHUNK, T)):
+                    if source.size and source[b, t, K - 1] < 0:
+                        store(out, (begin + t) * E + e, zero)
+                        continue
+                    window = _window_at(window, x, x_row, begin, past, b, t, e, E, source, taps)
+                    v = _dot(weights, window, offset)
+                    if silu:
+                        v = v * sigmoid(v)
+                    store(out, (begin + t) * E + e, v)
 
 
 @njit(inline="always")
@@ -111,7 +118,6 @@ def backward(
     T,
     E,
     x,
-    x_batch,
     x_row,
     past,
     weight,
@@ -135,20 +141,20 @@ def backward(
     chunks = -(-(P + T) // CHUNK)
     for item in range(start, stop):
         b, first = item // chunks, item % chunks * CHUNK
-        begin = max(first - P, 0)
+        begin, reached = b * T, max(first - P, 0)
         for block in range(-(-E // LANES)):
             e = min(block * LANES, E - LANES)
             weights = _weights(weight, e, taps)
             offset = load(bias, e)
             window = repeat(zero, taps)
             for k in range(1, K):
-                window = tuple_setitem(window, k, _input(x, x_batch, x_row, past, b, begin - 1 + k, e, E, K))
+                window = tuple_setitem(window, k, _input(x, x_row, begin, past, b, reached - 1 + k, e, E, K))
             sums, sum_bias = repeat(zero, taps), zero
             latest = repeat(zero, taps)
-            for t in range(begin, min(first + CHUNK, P + T)):
+            for t in range(reached, min(first + CHUNK, P + T)):
                 g = zero
                 if t < T:
-                    window = window[1:] + (load(x, b * x_batch + t * x_row + e),)
+                    window = window[1:] + (load(x, (begin + t) * x_row + e),)
                     g = _before_silu(load(dout, (b * T + t) * E + e), weights, window, offset, silu)
                 latest = (g,) + latest[:-1]
                 if t < first:
@@ -168,7 +174,7 @@ def backward(
 
 @njit(nogil=True, cache=True)
 def backward_weights(
-    start, stop, T, E, x, x_batch, x_row, past, weight, bias, taps, silu, dout, grad_weight, grad_bias, source, through
+    start, stop, T, E, x, x_row, past, weight, bias, taps, silu, dout, grad_weight, grad_bias, source, through
 ):
     """With tables, first: ``through`` [B T E], the gradient before SiLU, and its sums per work item, as in forward."""
     K = len(taps)
@@ -176,6 +182,7 @@ def backward_weights(
     chunks = -(-T // CHUNK)
     for item in range(start, stop):
         b, first = item // chunks, item % chunks * CHUNK
+        begin = b * T
         for block in range(-(-E // LANES)):
             e = min(block * LANES, E - LANES)
             weights = _weights(weight, e, taps)
@@ -186,7 +193,7 @@ def backward_weights(
                 if source[b, t, K - 1] < 0:
                     store(through, (b * T + t) * E + e, zero)
                     continue
-                window = _window_at(window, x, x_batch, x_row, past, b, t, e, E, source, taps)
+                window = _window_at(window, x, x_row, begin, past, b, t, e, E, source, taps)
                 g = _before_silu(load(dout, (b * T + t) * E + e), weights, window, offset, silu)
                 store(through, (b * T + t) * E + e, g)
                 sum_bias = sum_bias + g

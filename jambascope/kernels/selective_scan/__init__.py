@@ -12,12 +12,15 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from jambascope.devices import index_tensor
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels import triton_runtime
-from jambascope.kernels.plain import is_plain
+from jambascope.kernels.packed import checked_bounds, one_behind_the_other, refuse_packed, side_by_side
+from jambascope.kernels.plain import is_plain, wants_gradient
 from jambascope.kernels.selective_scan.interface import (
     Options,
     ScanResult,
@@ -49,6 +52,7 @@ def selective_scan(
     capture: Sequence[int] | Literal["all"] | None = None,
     capture_channels: Sequence[int] | None = None,
     edits: StateEdits | None = None,
+    cu_seqlens: Sequence[int] | None = None,
     backend: Backend = "auto",
 ) -> ScanResult:
     """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``;  ``y_t = C_t h_t + D x_t``, times ``SiLU(gate_t)`` if given.
@@ -65,6 +69,8 @@ def selective_scan(
         capture: positions (ascending, distinct) whose states to return, after their edits, or ``"all"``.
         capture_channels: the channels (ascending, distinct) whose states to return; all when absent.
         edits: affine edits of the state; what they set flows on into later positions.
+        cu_seqlens: ascending from 0 to T: where rows of different lengths, packed one behind the other into x [1 T E],
+            begin and end. The initial and final states are then [row E N]; without mask, resets, captures and edits.
         backend: ``"auto"`` takes ``triton`` on a GPU where it is installed, ``cpu`` for float32, bfloat16 and float16
             on a CPU, else ``reference``.
 
@@ -76,7 +82,8 @@ def selective_scan(
         ConfigError: an unknown backend, or one that cannot take these tensors.
         InputError: shapes that do not fit, or positions or channels out of range, unsorted or repeated.
     """
-    _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets)
+    bounds = None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
+    _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds)
     length, d_inner = x.shape[1:]
     if capture is not None:
         capture = checked_indices(capture, length, "capture", "positions")
@@ -89,7 +96,25 @@ def selective_scan(
     options = Options(
         gate, dt_bias, dt_softplus, initial_state, make_marks(mask, resets), capture, capture_channels, edits
     )
-    return _backend(backend, x)(x, dt, A, B, C, D, options)
+    scan = _backend(backend, x)
+    if bounds is None:
+        return scan(x, dt, A, B, C, D, options)
+    refuse_packed(mask=mask, resets=resets, capture=capture, edits=edits)
+    return _packed_scan(scan, x, dt, A, B, C, D, options, bounds)
+
+
+def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray) -> ScanResult:
+    """Rows of different lengths: by the loops themselves, or side by side, where what follows a row does not reach its
+    outputs and leaves its state as it was."""
+    tensors = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state)
+    if scan.__module__ == f"{__name__}.cpu" and not wants_gradient(*tensors):
+        return scan(x, dt, A, B, C, D, options, bounds)
+    x, dt, B, C = (side_by_side(v, bounds) for v in (x, dt, B, C))
+    gate = None if options.gate is None else side_by_side(options.gate, bounds)
+    lengths = index_tensor(np.diff(bounds), x.device)[:, None]
+    mask = torch.arange(x.shape[1], device=x.device) < lengths
+    found = scan(x, dt, A, B, C, D, options._replace(gate=gate, marks=make_marks(mask, None)))
+    return found._replace(y=one_behind_the_other(found.y, bounds))
 
 
 def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
@@ -112,7 +137,7 @@ def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
     return import_module(f"jambascope.kernels.selective_scan.{name}").selective_scan
 
 
-def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets) -> None:
+def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds) -> None:
     if x.ndim != 3 or A.ndim != 2 or not x.is_floating_point():
         raise InputError(
             f"x and A are {x.dtype} {tuple(x.shape)} and {tuple(A.shape)}; give floating-point [B T E] and [E N]"
@@ -130,7 +155,7 @@ def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets)
         "D": (D, (d_inner,)),
         "gate": (gate, (batch, length, d_inner)),
         "dt_bias": (dt_bias, (d_inner,)),
-        "initial_state": (initial_state, (batch, d_inner, d_state)),
+        "initial_state": (initial_state, (batch if bounds is None else len(bounds) - 1, d_inner, d_state)),
         "mask": (mask, (batch, length)),
         "resets": (resets, (batch, length)),
     }

@@ -40,8 +40,12 @@ def selective_scan(
     C: torch.Tensor,
     D: torch.Tensor | None,
     options: Options,
+    bounds: np.ndarray | None = None,
 ) -> ScanResult:
-    """See :func:`jambascope.kernels.selective_scan.selective_scan`. Arithmetic and states in float32."""
+    """See :func:`jambascope.kernels.selective_scan.selective_scan`. Arithmetic and states in float32.
+
+    Rows of different lengths (``bounds``) without gradients, marks, edits and captures.
+    """
     from jambascope.kernels.vectors import LANES
 
     length, d_inner = x.shape[1:]
@@ -57,7 +61,7 @@ def selective_scan(
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
         y, final, captured = _Scan.apply(*inputs, plan)
     else:
-        (y, final, captured), _ = _scan(*inputs, plan, keep=False)
+        (y, final, captured), _ = _scan(*inputs, plan, keep=False, bounds=bounds)
     # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
     captured = None if options.capture is None else captured.permute(0, 3, 1, 2)
     if pad:
@@ -105,15 +109,17 @@ def _flat(v: torch.Tensor | None) -> np.ndarray:
     return v.detach().to(torch.float32).contiguous().numpy().reshape(-1)
 
 
-def _rows(v: torch.Tensor | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """[B T E] as flat memory with the strides of b and t: a slice of a projection is not copied."""
+def _rows(v: torch.Tensor | None) -> tuple[np.ndarray, int]:
+    """[B T E] as flat memory, and how far its positions are apart: a slice of a projection is not copied."""
     if v is None:
-        return _NOTHING, (0, 0)
+        return _NOTHING, 0
     v = v.detach()
-    if v.dtype != torch.float32 or v.stride(2) != 1:
+    (batch, length, _), (of_row, of_position, one) = v.shape, v.stride()
+    in_step = batch == 1 or of_row == length * of_position
+    if v.dtype != torch.float32 or one != 1 or not in_step:
         v = v.to(torch.float32).contiguous()
-    size = 1 + sum((n - 1) * s for n, s in zip(v.shape, v.stride(), strict=True))
-    return v.as_strided((size,), (1,)).numpy(), v.stride()[:2]
+    apart = v.stride(1)
+    return v.as_strided(((batch * length - 1) * apart + v.shape[2],), (1,)).numpy(), apart
 
 
 def _chunk_length(d_state: int) -> int:
@@ -121,12 +127,15 @@ def _chunk_length(d_state: int) -> int:
     return max(8, min(64, 512 // d_state))
 
 
-def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep: bool):
+def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep: bool, bounds=None):
     """Results (y, final, captured [B slot N channel]) and, with ``keep``, what the backward needs."""
     from jambascope.kernels.selective_scan import cpu_kernels as k
 
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
-    chunk = _chunk_length(d_state)
+    chunk, y = _chunk_length(d_state), torch.empty(batch, length, d_inner, **FLOAT32)
+    if bounds is None:
+        bounds = np.arange(batch + 1) * length
+    batch = len(bounds) - 1
     # States go in and come out as [.. N E]: the layout in which the loop reads a lane block as one vector.
     given = (
         (length, d_inner, d_state, 0 if scale is None else scale.shape[2]),
@@ -140,7 +149,6 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
         plan.capture_slot,
         plan.channel_slot,
     )
-    y = torch.empty(batch, length, d_inner, **FLOAT32)
     final = torch.empty(batch, d_state, d_inner, **FLOAT32)
     positions, channels = plan.captured_size
     captured = torch.empty(batch, positions, d_state, channels, **FLOAT32)
@@ -149,7 +157,7 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     start_state = _flat(None if h0 is None else h0.mT)
     announce_first_compile(k.forward)
     run_items(
-        lambda start, stop: k.forward(start, stop, *given, start_state, *outputs, chunk),
+        lambda start, stop: k.forward(start, stop, *given, start_state, *outputs, chunk, bounds),
         batch * d_inner // k.LANES,
         serial=x.numel() * d_state < SERIAL_BELOW,
     )

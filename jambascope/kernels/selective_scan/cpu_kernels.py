@@ -53,7 +53,7 @@ def forward(
     C,
     D,
     gate,
-    gate_strides,
+    gate_row,
     dt_bias,
     dt_softplus,
     marks,
@@ -68,13 +68,15 @@ def forward(
     captured,
     checkpoints,
     chunk,
+    bounds,
 ):
     """Scan work items ``start..stop``; sizes = (T, E, N, edits). Switched-off options are arrays of size zero.
 
-    Flat: x, dt, y [B T E]; A [N E] times log2(e); B, C [B T N]; D, dt_bias [E]; h0, h_last [B N E]; gate, of which
-    gate_strides = (b, t) are the strides; marks [B T] uint8 (RESET, PADDING); edit_slot, capture_slot [T] and
-    channel_slot [E] int32 (-1: none); edit_scale, edit_shift [B edit N E]; checkpoints [B ceil(T/chunk) N E]: the
-    state before each chunk. Not flat: captured [B slot N channel slot].
+    Flat: x, dt, y [B T E]; A [N E] times log2(e); B, C [B T N]; D, dt_bias [E]; h0, h_last [B N E]; gate, whose
+    positions are gate_row apart; marks [B T] uint8 (RESET, PADDING); edit_slot, capture_slot [T] and channel_slot [E]
+    int32 (-1: none); edit_scale, edit_shift [B edit N E]; checkpoints [B ceil(T/chunk) N E]: the state before each
+    chunk. Not flat: captured [B slot N channel slot]. Row b has the positions from bounds[b] to bounds[b + 1] of the
+    flat ones; where rows differ in length there are no marks, edits, captures or checkpoints.
     """
     T, E, N, edits = sizes
     blocks, chunks = E // LANES, (T + chunk - 1) // chunk
@@ -94,11 +96,13 @@ def forward(
         bias = load(dt_bias, e0) if has_bias else splat(ZERO)
         skip = load(D, e0)
         first_slot, slots = _captured_lanes(channel_slot, e0) if has_capture else (0, 0)
-        for t in range(T):
+        first, last = read(bounds, b), read(bounds, b + 1)
+        for i in range(first, last):
+            t = i - first
             if has_checkpoints and t % chunk == 0:
                 _copy(h, 0, LANES, checkpoints, (b * chunks + t // chunk) * N * E + e0, E, N)
-            at, at_n = (b * T + t) * E + e0, (b * T + t) * N
-            mark = read(marks, b * T + t) if has_marks else np.uint8(0)
+            at, at_n = i * E + e0, i * N
+            mark = read(marks, i) if has_marks else np.uint8(0)
             padding = mark & PADDING != 0
             if mark & RESET:
                 h[:] = ZERO
@@ -125,7 +129,7 @@ def forward(
             if padding:
                 acc = splat(ZERO)
             elif has_gate:
-                acc = acc * silu(load(gate, b * gate_strides[0] + t * gate_strides[1] + e0))
+                acc = acc * silu(load(gate, i * gate_row + e0))
             store(y, at, acc)
         _copy(h, 0, LANES, h_last, b * N * E + e0, E, N)
 
@@ -175,7 +179,7 @@ def backward(
     C,
     D,
     gate,
-    gate_strides,
+    gate_row,
     dt_bias,
     dt_softplus,
     marks,
@@ -275,7 +279,7 @@ def backward(
                             acc = skip * load(x, at)
                             for n in range(N):
                                 acc = acc + load(h, row + NL + n * LANES) * read(C, at_n + n)
-                            g = load(gate, b * gate_strides[0] + t * gate_strides[1] + e0)
+                            g = load(gate, (b * T + t) * gate_row + e0)
                             sig = sigmoid(g)
                             grad_g = dy_t * acc * sig * (g * (np.float32(1.0) - sig) + np.float32(1.0))
                             dy_t = dy_t * g * sig

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 
 from jambascope.errors import ConfigError, InputError
+from jambascope.kernels.packed import checked_bounds, one_behind_the_other, refuse_packed, side_by_side
 from jambascope.kernels.selective_scan.interface import StateEdits, checked_indices
 from jambascope.kernels.ssd import chunked, reference
 from jambascope.kernels.ssd.interface import SSDResult
@@ -38,6 +39,7 @@ def ssd(
     resets: Bool[torch.Tensor, "batch pos"] | None = None,
     capture: Sequence[int] | Literal["all"] | None = None,
     edits: StateEdits | None = None,
+    cu_seqlens: Sequence[int] | None = None,
     chunk_size: int | None = None,
     backend: Backend = "auto",
 ) -> SSDResult:
@@ -55,6 +57,8 @@ def ssd(
         resets: [B T], true at the first token of each document packed into a row: it remembers nothing before it.
         capture: positions (ascending, distinct) whose states to return, after their edits, or ``"all"``.
         edits: affine edits of the state, scale and shift [B H P edit N]; what they set flows on into later positions.
+        cu_seqlens: ascending from 0 to T: where rows of different lengths, packed one behind the other into x
+            [1 T H P], begin and end. States are then one per row; without mask, resets, captures and edits.
         chunk_size: positions per chunk of ``chunked``; ``chunked.CHUNK`` when None. Speed and memory, not results.
         backend: ``"auto"`` takes ``reference`` for a single position (a step of decoding), else ``chunked``.
 
@@ -66,8 +70,10 @@ def ssd(
         ConfigError: an unknown backend, or a chunk size below 1.
         InputError: shapes that do not fit, or positions out of range, unsorted or repeated.
     """
-    length = x.shape[1]
-    _check_shapes(x, dt, A, B, C, D, dt_bias, initial_state, mask, resets)
+    length, bounds = x.shape[1], None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
+    _check_shapes(x, dt, A, B, C, D, dt_bias, initial_state, mask, resets, bounds)
+    if bounds is not None:
+        refuse_packed(mask=mask, resets=resets, capture=capture, edits=edits)
     if capture is not None:
         capture = checked_indices(capture, length, "capture", "positions").tolist()
     if edits is not None:
@@ -81,11 +87,15 @@ def ssd(
     dt = step_size(dt, dt_bias) if dt_softplus else dt if dt_bias is None else _add_bias(dt, dt_bias)
     if mask is not None:
         dt = dt.masked_fill(~mask[..., None], 0.0)
+    if bounds is not None:  # what follows a row has a step of 0, and leaves its state as it was
+        x, dt, B, C = (side_by_side(v, bounds) for v in (x, dt, B, C))
     arguments = (x, dt, A, B, C, D, initial_state, resets, capture, edits)
     if backend == "reference" or (backend == "auto" and length == 1):
         result = reference.ssd(*arguments)
     else:
         result = chunked.ssd(*arguments, chunk_size or chunked.CHUNK)
+    if bounds is not None:
+        return result._replace(y=one_behind_the_other(result.y, bounds))
     return result if mask is None else result._replace(y=result.y.masked_fill(~mask[..., None, None], 0.0))
 
 
@@ -101,7 +111,7 @@ def _add_bias(dt: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
 
 
-def _check_shapes(x, dt, A, B, C, D, dt_bias, initial_state, mask, resets) -> None:
+def _check_shapes(x, dt, A, B, C, D, dt_bias, initial_state, mask, resets, bounds) -> None:
     if x.ndim != 4 or B.ndim != 4:
         raise InputError(f"x and B have shapes {tuple(x.shape)} and {tuple(B.shape)}; give [B T H P] and [B T G N]")
     batch, length, heads, d_head = x.shape
@@ -117,7 +127,7 @@ def _check_shapes(x, dt, A, B, C, D, dt_bias, initial_state, mask, resets) -> No
         "C": (C, (batch, length, groups, d_state)),
         "D": (D, (heads,)),
         "dt_bias": (dt_bias, (heads,)),
-        "initial_state": (initial_state, (batch, heads, d_head, d_state)),
+        "initial_state": (initial_state, (batch if bounds is None else len(bounds) - 1, heads, d_head, d_state)),
         "mask": (mask, (batch, length)),
         "resets": (resets, (batch, length)),
     }

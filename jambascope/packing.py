@@ -1,0 +1,35 @@
+"""Rows of different lengths that run one behind the other, [1 token ...]: they begin where they like and end together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from jambascope.devices import index_tensor
+
+
+class Packing:
+    """Row r has the positions from ``starts[r]`` to ``length``; what it did before lies in the state of its run."""
+
+    def __init__(self, starts: Sequence[int], length: int, device: torch.device) -> None:
+        self.starts, self.length = np.asarray(starts), length
+        lengths = length - self.starts
+        self.bounds = np.concatenate(([0], lengths.cumsum()))
+        """Where rows begin and end among the tokens: the kernels' ``cu_seqlens``."""
+        self.rows: Int[torch.Tensor, " token"] = index_tensor(np.repeat(np.arange(len(lengths)), lengths), device)
+        self.positions: Int[torch.Tensor, " token"] = index_tensor(
+            np.arange(self.bounds[-1]) - np.repeat(self.bounds[:-1] - self.starts, lengths), device
+        )
+
+    def tokens(self, rows: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+        """Which tokens are at these positions of these rows."""
+        rows = np.asarray(rows)
+        return self.bounds[rows] + np.asarray(positions) - self.starts[rows]
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest row."""
+        return self.length - int(self.starts.min())
