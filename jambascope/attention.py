@@ -18,6 +18,9 @@ from jambascope.hook_point import HookPoint
 from jambascope.packing import Packing
 from jambascope.state import Run
 
+PACKED_ROWS = {"cpu": 16}
+"""Packed rows that attend side by side, by device; elsewhere all of them."""
+
 
 class Attention(nn.Module):
     """``hook_pattern`` and ``hook_attn_scores`` unheard means torch's fused attention: no [T S] matrix exists."""
@@ -95,20 +98,24 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(z if reads is None else z.index_select(1, reads), "b t h p -> b t (h p)"))
 
     def _attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """q [1 token H P]; k, v [row S K P] -> [1 token H P]: rows side by side from where the first of them begins."""
-        first = packing.length - packing.longest
-        queries = q.new_zeros(len(k), packing.longest, *q.shape[2:])
-        place = packing.rows, packing.positions - first
-        queries[place] = q[0]
-        position = torch.arange(packing.length, device=q.device)
-        z = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=position <= position[first:, None],
-            enable_gqa=self.n_heads != self.n_key_value_heads,
-        )
-        return z.transpose(1, 2)[place][None]
+        """q [1 token H P]; k, v [row S K P] -> [1 token H P]: a few rows at a time, side by side from where the first
+        of them begins."""
+        position, z = torch.arange(packing.length, device=q.device), torch.empty_like(q)
+        for rows in packing.parts(PACKED_ROWS.get(q.device.type, len(k))):
+            first = int(packing.starts[rows].min())
+            tokens = slice(*packing.bounds[[rows.start, rows.stop]])
+            place = packing.rows[tokens] - rows.start, packing.positions[tokens] - first
+            queries = q.new_zeros(rows.stop - rows.start, packing.length - first, *q.shape[2:])
+            queries[place] = q[0, tokens]
+            mixed = F.scaled_dot_product_attention(
+                queries.transpose(1, 2),
+                k[rows].transpose(1, 2),
+                v[rows].transpose(1, 2),
+                attn_mask=position <= position[first:, None],
+                enable_gqa=self.n_heads != self.n_key_value_heads,
+            )
+            z[0, tokens] = mixed.transpose(1, 2)[place]
+        return z
 
     def _queries_shown(self, length: int) -> Sequence[int]:
         """Queries of this call whose scores or pattern somebody looks at."""

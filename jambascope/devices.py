@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Int
 
@@ -33,7 +34,7 @@ def parse_device(device: torch.device | str | None) -> torch.device:
 _COPY = 8_192  # numbers in 64 KiB
 
 
-def index_tensor(indices: Sequence[int], device: torch.device | str) -> Int[torch.Tensor, " index"]:
+def index_tensor(indices: Sequence[int] | np.ndarray, device: torch.device | str) -> Int[torch.Tensor, " index"]:
     """What ``torch.tensor(indices, device=device)`` makes, without waiting for a GPU as that does.
 
     A stretch is arithmetic; others travel in pieces of 64 KiB, which a GPU's driver takes from pageable memory
@@ -41,6 +42,8 @@ def index_tensor(indices: Sequence[int], device: torch.device | str) -> Int[torc
     """
     if isinstance(indices, range) and indices.step == 1:
         return torch.arange(indices.start, indices.stop, device=device)
+    if isinstance(indices, np.ndarray) and torch.device(device).type == "cpu":
+        return torch.from_numpy(indices.astype(np.int64))
     starts = range(0, max(len(indices), 1), _COPY)
     pieces = [torch.tensor(indices[s : s + _COPY], dtype=torch.long).to(device, non_blocking=True) for s in starts]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -103,6 +103,11 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
                     del hooks[i]
             raise
 
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """As TransformerLens's, which takes longer where there are none than a small layer does."""
+        if self.fwd_hooks or self.bwd_hooks:
+            super().remove_hooks(*args, **kwargs)
+
 
 class At:
     """A hook that sees and edits chosen positions only, counted through the whole sequence.

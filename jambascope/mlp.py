@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from jambascope.config import JambaConfig
 from jambascope.hook_point import HookPoint
+from jambascope.kernels.activations import gated
 from jambascope.state import Run
 
 
@@ -32,8 +32,7 @@ class DenseMLP(nn.Module):
         """[B T D] -> [B T D]"""
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.up_proj(x))
-        act = F.silu(pre)
-        return self.down_proj(self.hook_post(act * pre_linear if torch.is_grad_enabled() else act.mul_(pre_linear)))
+        return self.down_proj(self.hook_post(gated(pre_linear, pre)))
 
     def parameters_of_step(self) -> tuple[torch.Tensor | None, ...]:
         """As ``decode`` takes them: no router, gate, up, down."""

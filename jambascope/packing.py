@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ class Packing:
         rows = np.asarray(rows)
         return self.bounds[rows] + np.asarray(positions) - self.starts[rows]
 
-    @property
-    def longest(self) -> int:
-        """Positions of the longest row."""
-        return self.length - int(self.starts.min())
+    def parts(self, n: int) -> Iterator[slice]:
+        """Rows, so many at a time."""
+        return (slice(i, min(i + n, len(self.starts))) for i in range(0, len(self.starts), n))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 
@@ -61,14 +62,14 @@ class Engine:
         with model._lock:
             for layer in range(min(by_layer), model.config.n_layers):
                 joining = by_layer.get(layer, [])
-                entering = [row for row in joining if self._enters(row)]
+                entering = [row for row in joining if self._entering[row.target]]
                 if entering:
                     more = self._together(entering)
                     x, together = _joined(x, self._patched_stream(layer, more)), self._with(together, more)
                 last = layer == model.config.n_layers - 1
                 if together is not None:
                     x = self._block(layer, x, together, together.at(self.reads) if last else None)
-                for target, rows_of_target in by_target([row for row in joining if not self._enters(row)]):
+                for target, rows_of_target in by_target([row for row in joining if not self._entering[row.target]]):
                     more = self._together(rows_of_target)
                     within = self._after_layer(layer, target, more)
                     if last:
@@ -82,14 +83,14 @@ class Engine:
         found[index_tensor(having, x.device), index_tensor(read, x.device)] = logits
         return found
 
+    def __post_init__(self) -> None:
+        points = [(target.tail, target.channel_axis) for target in self.targets]
+        self._entering = [point == ("hook_resid_pre", None) for point in points]
+        """Of each target, whether its patch is of what enters the layer."""
+
     def order(self, row: Row) -> tuple:
         """What rows are sorted by."""
-        return self.targets[row.target].layer, not self._enters(row), row.target, row.positions
-
-    def _enters(self, row: Row) -> bool:
-        """Whether a row's patch is of what enters its layer."""
-        target = self.targets[row.target]
-        return target.tail == "hook_resid_pre" and target.channel_axis is None
+        return self.targets[row.target].layer, not self._entering[row.target], row.target, row.positions
 
     def _together(self, rows: Sequence[Row]) -> Together:
         return Together(rows, self.base, self.model.device)
@@ -142,7 +143,7 @@ class Engine:
         x = self.base.stream(layer)[:, start:].index_select(0, together.pairs)
         state = None
         if start:
-            memory = self.base.memory(model, layer, together.pairs, [start] * len(rows))
+            memory = self.base.memory(model, layer, together.pairs, np.full(len(rows), start))
             state = InferenceState([memory] * model.config.n_layers, start)
         model._clock.start, model._clock.length = start, x.shape[1]
         hooks = patch_hooks(model, self.base, self.source, self.targets[target], rows)

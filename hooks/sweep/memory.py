@@ -108,13 +108,17 @@ class Needs:
         self.question, self.model, self.targets = question, question.model, targets
         self._of: dict[int, _Wanted] = {}
         length, d_conv = question.length, self.model.config.d_conv
-        for target, positions in {(row.target, row.positions) for row in rows}:
+        patched: dict[int, set[tuple[int, ...]]] = {}
+        for row in rows:
+            patched.setdefault(row.target, set()).add(row.positions)
+        for target, cells in patched.items():
             mine, of = self._of.setdefault(target, _Wanted()), targets[target]
-            mine.firsts.add(positions[0])
-            points = dict.fromkeys(needed(of), positions), read_again(of, positions, length, d_conv)
-            for found, wanted in zip((mine.source, mine.base), points, strict=True):
-                for name, at in wanted.items():
-                    found.setdefault(name, set()).update(p for p in at if p < length)
+            mine.firsts = {positions[0] for positions in cells}
+            every = {p for positions in cells for p in positions if p < length}
+            mine.source = {name: set(every) for name in needed(of)}
+            for positions in cells if of.read_again else ():
+                for name, at in read_again(of, positions, length, d_conv).items():
+                    mine.base.setdefault(name, set()).update(p for p in at if p < length)
 
     def of_source(self, group: Iterable[int]) -> dict[str, list[int]]:
         """Hook points of the source run, and positions."""

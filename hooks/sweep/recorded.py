@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 
@@ -31,13 +32,12 @@ class Recording:
     positions: dict[str, Sequence[int]]
     """What the T axis of each holds, ascending."""
 
-    def places(self, name: str, positions: Sequence[int]) -> list[int]:
+    def places(self, name: str, positions: Sequence[int]) -> np.ndarray:
         """Where on the T axis of a value positions stand."""
         held = self.positions[name]
         if isinstance(held, range):
-            return [p - held.start for p in positions]
-        where = {p: i for i, p in enumerate(held)}
-        return [where[p] for p in positions]
+            return np.asarray(positions) - held.start
+        return np.searchsorted(held, positions)
 
     def at(self, name: str, prompts: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """Values of a point whose axes begin A T, of one prompt and position for each row: [R ...]."""
@@ -132,7 +132,7 @@ class Base:
         return self.recording.values[name]
 
     def memory(
-        self, model: HookedJamba, layer: int, prompts: Int[torch.Tensor, " row"], starts: Sequence[int]
+        self, model: HookedJamba, layer: int, prompts: Int[torch.Tensor, " row"], starts: np.ndarray
     ) -> KeyValueState | MambaState:
         """What a layer remembers when each row of a prompt begins at one of ``starts``; its own to write into.
 
@@ -142,24 +142,24 @@ class Base:
             held = self.keys[layer]
             return KeyValueState(*(m[:, : self.length].index_select(0, prompts) for m in (held.keys, held.values)))
         mixer = model.config.mixers[layer]
-        if not any(starts):
+        if not starts.any():
             return MambaState.create(model.config, mixer, len(prompts), model.device, model.dtype)
         conv = torch.empty(len(prompts), 0, model.config.conv_width(mixer), dtype=model.dtype, device=model.device)
         if model.config.d_conv > 1:
             conv = self._before(f"blocks.{layer}.{CONV_STATE}", prompts, starts)
         return MambaState(conv, self._before(f"blocks.{layer}.{STATE}", prompts, starts))
 
-    def _before(self, name: str, prompts: Int[torch.Tensor, " row"], starts: Sequence[int]) -> torch.Tensor:
+    def _before(self, name: str, prompts: Int[torch.Tensor, " row"], starts: np.ndarray) -> torch.Tensor:
         """What a Mamba layer held before each row: [R ...], zeros at the first position."""
         value, any_held = self.recording.values[name], self.recording.positions[name][0]
-        places = self.recording.places(name, [start - 1 if start else any_held for start in starts])
+        fresh = np.flatnonzero(starts == 0)
+        places = self.recording.places(name, np.where(starts == 0, any_held, starts - 1))
         at = prompts, index_tensor(places, value.device)
         if name.endswith(STATE):  # [A E T N], whose memory is [A T N E]
             found = value.permute(0, 2, 3, 1)[at].mT
         else:
             found = value[at]
-        fresh = [i for i, start in enumerate(starts) if not start]
-        if fresh:
+        if fresh.size:
             found[index_tensor(fresh, value.device)] = 0
         return found
 

@@ -21,7 +21,8 @@ def announce_first_compile(kernel: Any) -> None:
 
 def _announce(function: Callable, cache_path: str) -> None:
     name, folder = f"{function.__module__}.{function.__name__}", Path(cache_path)
-    stem = f"{function.__module__.rpartition('.')[2]}.{function.__name__}-"
+    in_file = function.__qualname__.replace("<", "").replace(">", "")  # as numba writes it
+    stem = f"{function.__module__.rpartition('.')[2]}.{in_file}-"
     if not any(p.name.startswith(stem) and p.suffix == ".nbi" for p in folder.glob("*.nbi")):
         log.warning("compiling the CPU kernel %s (once, some seconds; cached in %s)", name, folder)
 

@@ -24,12 +24,12 @@ def checked_bounds(cu_seqlens: Sequence[int], x: torch.Tensor) -> np.ndarray:
     """
     bounds = np.asarray(cu_seqlens)
     whole = bounds.ndim == 1 and len(bounds) > 1 and np.issubdtype(bounds.dtype, np.integer)
-    if not whole or bounds[0] != 0 or bounds[-1] != x.shape[1] or (np.diff(bounds) <= 0).any():
+    if not whole or bounds[0] != 0 or bounds[-1] != x.shape[1] or (bounds[1:] <= bounds[:-1]).any():
         shown = str(np.asarray(cu_seqlens)[:8].tolist())[:60]
         raise InputError(f"cu_seqlens={shown} must ascend from 0 to the {x.shape[1]} positions of x")
     if x.shape[0] != 1:
         raise InputError(f"cu_seqlens cuts one sequence into rows, but x has {x.shape[0]}; give x [1 T ...]")
-    return bounds.astype(np.int64)
+    return bounds.astype(np.int64, copy=False)
 
 
 def refuse_packed(**options: object) -> None:

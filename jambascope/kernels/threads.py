@@ -46,6 +46,14 @@ def run_items(loop: Callable[[int, int], None], items: int, serial: bool = False
         _run_in_openmp(openmp, work, threads)
 
 
+def run_loop(task: NativeTask, items: int, *numbers: int, serial: bool = False) -> None:
+    """Have every item in ``range(items)`` done by a task that asks for them (``native.next_items``)."""
+    threads = 1 if serial else min(torch.get_num_threads(), items)
+    parts = 1 if threads <= 1 else min(items, CUTS_PER_THREAD * threads)
+    call = (ctypes.c_int64 * (3 + len(numbers)))(0, items, parts, *numbers)
+    run_native(task, call, threads)
+
+
 def run_native(task: NativeTask, arguments: ctypes.Array, threads: int) -> None:
     """Call ``task(arguments)`` on that many threads at once, without Python in any of them.
 

@@ -61,27 +61,6 @@ def narrow(typingctx, v, like):
         return like(v, like), codegen
 
 
-@intrinsic
-def address(typingctx, number):
-    """A pointer from an int64: a call with arrays costs half a microsecond for each, with numbers almost nothing."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), codegen
-
-
-@intrinsic
-def take(typingctx, counter):
-    """The int64 at ``counter``, which is raised by one at once for all threads."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.bitcast(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.voidptr), codegen
-
-
 @njit(nogil=True, cache=True)
 def sort_by_expert(indices, order, place, offsets):
     """A stable counting sort of pairs: indices, order, place [P]; offsets [X+1]. False if an index is out of range."""

@@ -17,7 +17,8 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from jambascope.kernels.compiling import NativeTask
-from jambascope.kernels.experts.cpu_kernels import address, take, widen
+from jambascope.kernels.experts.cpu_kernels import widen
+from jambascope.kernels.native import address, take
 from jambascope.kernels.vector_math import FAST, sigmoid
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from numba import carray, njit
 
 from jambascope.kernels.compiling import NativeTask
-from jambascope.kernels.experts.cpu_kernels import SUM, address, take, widen
+from jambascope.kernels.experts.cpu_kernels import SUM, widen
+from jambascope.kernels.native import address, take
 from jambascope.kernels.vector_math import sigmoid
 
 FIELDS = (

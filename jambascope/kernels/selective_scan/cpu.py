@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.selective_scan.interface import Options, ScanResult
-from jambascope.kernels.threads import FLOAT32, run_items
+from jambascope.kernels.threads import FLOAT32, run_items, run_loop
 
 LOG2_E = math.log2(math.e)
 SERIAL_BELOW = 65_536
@@ -30,6 +30,20 @@ class _Plan(NamedTuple):
     channel_slot: np.ndarray
     captured_size: tuple[int, int]
     """Positions and channels captured."""
+
+
+class _Given(NamedTuple):
+    """What the loops of both directions take, in the layout in which they read it."""
+
+    edits_count: int
+    tensors: list[torch.Tensor]
+    """x, dt, A, B, C, D."""
+    gate: torch.Tensor | None
+    gate_row: int
+    dt_bias: torch.Tensor | None
+    plan: _Plan
+    edits: list[torch.Tensor | None]
+    """Scale and shift."""
 
 
 def selective_scan(
@@ -102,24 +116,39 @@ def _slots(chosen: np.ndarray | None, size: int) -> np.ndarray:
     return slots
 
 
+def _solid(v: torch.Tensor | None) -> torch.Tensor | None:
+    """Contiguous float32, as loops read it."""
+    if v is None:
+        return None
+    v = v.detach()
+    return v if v.dtype == torch.float32 and v.is_contiguous() else v.to(torch.float32).contiguous()
+
+
+def _in_step(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """[B T E] whose positions are all equally far apart, and how far: a slice of a projection is not copied."""
+    if v is None:
+        return None, 0
+    v = v.detach()
+    of_row, of_position, one = v.stride()
+    if v.dtype != torch.float32 or one != 1 or not (len(v) == 1 or of_row == v.shape[1] * of_position):
+        v = v.to(torch.float32).contiguous()
+    return v, v.stride(1) if v.shape[1] > 1 else v.stride(0)
+
+
 def _flat(v: torch.Tensor | None) -> np.ndarray:
-    """Contiguous float32 as one run of numbers; none for an option that is off."""
+    """As one run of numbers, which a slice of wider rows is a part of; none for an option that is off."""
     if v is None:
         return _NOTHING
-    return v.detach().to(torch.float32).contiguous().numpy().reshape(-1)
+    size = 1 + sum((n - 1) * apart for n, apart in zip(v.shape, v.stride(), strict=True)) if v.numel() else 0
+    return v.as_strided((size,), (1,)).numpy()
 
 
-def _rows(v: torch.Tensor | None) -> tuple[np.ndarray, int]:
-    """[B T E] as flat memory, and how far its positions are apart: a slice of a projection is not copied."""
-    if v is None:
-        return _NOTHING, 0
-    v = v.detach()
-    (batch, length, _), (of_row, of_position, one) = v.shape, v.stride()
-    in_step = batch == 1 or of_row == length * of_position
-    if v.dtype != torch.float32 or one != 1 or not in_step:
-        v = v.to(torch.float32).contiguous()
-    apart = v.stride(1)
-    return v.as_strided(((batch * length - 1) * apart + v.shape[2],), (1,)).numpy(), apart
+def _address(v: torch.Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def _address_of(array: np.ndarray) -> int:
+    return array.ctypes.data if array.size else 0
 
 
 def _chunk_length(d_state: int) -> int:
@@ -136,32 +165,32 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     if bounds is None:
         bounds = np.arange(batch + 1) * length
     batch = len(bounds) - 1
+    gate, gate_row = _in_step(gate)
     # States go in and come out as [.. N E]: the layout in which the loop reads a lane block as one vector.
-    given = (
-        (length, d_inner, d_state, 0 if scale is None else scale.shape[2]),
-        *map(_flat, (x, dt, A.detach().float().T * LOG2_E, B, C, D)),
-        *_rows(gate),
-        _flat(dt_bias),
-        plan.dt_softplus,
-        plan.marks,
-        plan.edit_slot,
-        *(_flat(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)),
-        plan.capture_slot,
-        plan.channel_slot,
+    given = _Given(
+        0 if scale is None else scale.shape[2],
+        [_solid(v) for v in (x, dt, A.detach().float().T * LOG2_E, B, C, D)],
+        gate,
+        gate_row,
+        _solid(dt_bias),
+        plan,
+        [_solid(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)],
     )
     final = torch.empty(batch, d_state, d_inner, **FLOAT32)
     positions, channels = plan.captured_size
     captured = torch.empty(batch, positions, d_state, channels, **FLOAT32)
-    checkpoints = torch.empty(batch, -(-length // chunk) if keep else 0, d_state, d_inner, **FLOAT32)
-    outputs = _flat(y), _flat(final), captured.numpy(), _flat(checkpoints)
-    start_state = _flat(None if h0 is None else h0.mT)
-    announce_first_compile(k.forward)
-    run_items(
-        lambda start, stop: k.forward(start, stop, *given, start_state, *outputs, chunk, bounds),
-        batch * d_inner // k.LANES,
+    checkpoints = torch.empty(batch, -(-length // chunk), d_state, d_inner, **FLOAT32) if keep else None
+    start_state = _solid(None if h0 is None else h0.mT)
+    run_loop(
+        k.forward, batch * d_inner // k.LANES,
+        length, d_inner, d_state, given.edits_count, positions, channels, chunk, plan.dt_softplus, gate_row,
+        bounds.ctypes.data, *map(_address, given.tensors), _address(gate), _address(given.dt_bias),
+        _address_of(plan.marks), _address_of(plan.edit_slot), *map(_address, given.edits),
+        _address_of(plan.capture_slot), _address_of(plan.channel_slot),
+        *map(_address, (start_state, y, final, captured, checkpoints)),
         serial=x.numel() * d_state < SERIAL_BELOW,
-    )
-    return (y.to(x.dtype), final.mT, captured), (*given, outputs[-1], chunk)
+    )  # fmt: skip
+    return (y.to(x.dtype), final.mT, captured), (given, checkpoints, chunk)
 
 
 class _Scan(torch.autograd.Function):
@@ -190,10 +219,17 @@ class _Scan(torch.autograd.Function):
         grad_h0 = torch.empty(batch, d_state, d_inner, **FLOAT32) if h0 is not None else torch.empty(0, **FLOAT32)
         n_edits = 0 if scale is None else scale.shape[2]
         grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner, **FLOAT32)
-        above = _flat(dy), _flat(dfinal.mT), dcaptured.to(torch.float32).contiguous().numpy()
+        above = _flat(_solid(dy)), _flat(_solid(dfinal.mT)), _solid(dcaptured).numpy()
         announce_first_compile(k.backward)
         into = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_gate, grad_h0, grad_scale, grad_shift)
-        arguments = (groups, *ctx.kept, *above, *map(_flat, into))
+        given, checkpoints, chunk = ctx.kept
+        plan = given.plan
+        arguments = (
+            *(groups, (length, d_inner, d_state, given.edits_count), *map(_flat, given.tensors)),
+            *(_flat(given.gate), given.gate_row, _flat(given.dt_bias), plan.dt_softplus, plan.marks, plan.edit_slot),
+            *(*map(_flat, given.edits), plan.capture_slot, plan.channel_slot, _flat(checkpoints), chunk),
+            *(*above, *map(_flat, into)),
+        )
         run_items(
             lambda start, stop: k.backward(start, stop, *arguments),
             batch * groups,

@@ -19,8 +19,10 @@ the partials in order: no atomics, the same bits on every run and for every numb
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
+from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.native import address, next_items, numbers
 from jambascope.kernels.selective_scan.interface import PADDING, RESET
 from jambascope.kernels.vectors import (
     FAST,
@@ -38,14 +40,33 @@ from jambascope.kernels.vectors import (
 )
 
 ZERO = np.float32(0.0)
+FLOAT = 4
 LN2 = np.float32(0.6931471805599453)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def forward(
+@NativeTask
+def forward(call):
+    given = numbers(call, 29)
+    start, stop = next_items(call)
+    while start < stop:
+        _forward(start, stop, *given)
+        start, stop = next_items(call)
+
+
+@njit(fastmath=FAST)
+def _forward(
     start,
     stop,
-    sizes,
+    T,
+    E,
+    N,
+    edits,
+    slots_in_time,
+    slots_in_channels,
+    chunk,
+    dt_softplus,
+    gate_row,
+    bounds,
     x,
     dt,
     A,
@@ -53,9 +74,7 @@ def forward(
     C,
     D,
     gate,
-    gate_row,
     dt_bias,
-    dt_softplus,
     marks,
     edit_slot,
     edit_scale,
@@ -67,42 +86,40 @@ def forward(
     h_last,
     captured,
     checkpoints,
-    chunk,
-    bounds,
 ):
-    """Scan work items ``start..stop``; sizes = (T, E, N, edits). Switched-off options are arrays of size zero.
+    """Scan work items ``start..stop``, an item a lane block of a row.
 
-    Flat: x, dt, y [B T E]; A [N E] times log2(e); B, C [B T N]; D, dt_bias [E]; h0, h_last [B N E]; gate, whose
-    positions are gate_row apart; marks [B T] uint8 (RESET, PADDING); edit_slot, capture_slot [T] and channel_slot [E]
-    int32 (-1: none); edit_scale, edit_shift [B edit N E]; checkpoints [B ceil(T/chunk) N E]: the state before each
-    chunk. Not flat: captured [B slot N channel slot]. Row b has the positions from bounds[b] to bounds[b + 1] of the
-    flat ones; where rows differ in length there are no marks, edits, captures or checkpoints.
+    Addresses, 0 for an option that is off: x, dt, y [B T E]; A [N E] times log2(e); B, C [B T N]; D, dt_bias [E]; h0,
+    h_last [B N E]; gate, whose positions are gate_row apart; edit_scale, edit_shift [B edit N E]; captured [B slot N
+    channel slot]; checkpoints [B ceil(T/chunk) N E]: the state before each chunk; marks [B T] uint8 (RESET, PADDING);
+    edit_slot, capture_slot [T] and channel_slot [E] int32 (-1: none). Row b has the positions from bounds[b] to
+    bounds[b + 1] of the flat ones (int64); where rows differ in length there are no marks, edits, captures or
+    checkpoints.
     """
-    T, E, N, edits = sizes
+    bound, mark_of = carray(address(bounds), (1,), np.int64), carray(address(marks), (1,), np.uint8)
+    edit_at, capture_at = carray(address(edit_slot), (1,), np.int32), carray(address(capture_slot), (1,), np.int32)
+    channel_at = carray(address(channel_slot), (E,), np.int32)
     blocks, chunks = E // LANES, (T + chunk - 1) // chunk
-    has_gate, has_h0, has_checkpoints = gate.size > 0, h0.size > 0, checkpoints.size > 0
-    has_edits, has_capture = edit_slot.size > 0, capture_slot.size > 0 and channel_slot.size > 0
-    has_marks, has_bias = marks.size > 0, dt_bias.size > 0
     a = aligned(N * LANES)
     h = aligned(N * LANES)
     for item in range(start, stop):
         b = item // blocks
         e0 = (item % blocks) * LANES
         _copy(A, e0, E, a, 0, LANES, N)
-        if has_h0:
+        if h0:
             _copy(h0, b * N * E + e0, E, h, 0, LANES, N)
         else:
             h[:] = ZERO
-        bias = load(dt_bias, e0) if has_bias else splat(ZERO)
+        bias = load(dt_bias, e0) if dt_bias else splat(ZERO)
         skip = load(D, e0)
-        first_slot, slots = _captured_lanes(channel_slot, e0) if has_capture else (0, 0)
-        first, last = read(bounds, b), read(bounds, b + 1)
+        first_slot, slots = _captured_lanes(channel_at, e0) if capture_slot and channel_slot else (0, 0)
+        first, last = read(bound, b), read(bound, b + 1)
         for i in range(first, last):
             t = i - first
-            if has_checkpoints and t % chunk == 0:
+            if checkpoints and t % chunk == 0:
                 _copy(h, 0, LANES, checkpoints, (b * chunks + t // chunk) * N * E + e0, E, N)
             at, at_n = i * E + e0, i * N
-            mark = read(marks, i) if has_marks else np.uint8(0)
+            mark = read(mark_of, i) if marks else np.uint8(0)
             padding = mark & PADDING != 0
             if mark & RESET:
                 h[:] = ZERO
@@ -116,7 +133,7 @@ def forward(
                     v = exp2(step * load(a, n * LANES)) * load(h, n * LANES) + write * read(B, at_n + n)
                     store(h, n * LANES, v)
                     acc = acc + v * read(C, at_n + n)
-            edit = read(edit_slot, t) if has_edits else np.int32(-1)
+            edit = read(edit_at, t) if edit_slot else np.int32(-1)
             if edit >= 0:
                 at_edit = (b * edits + edit) * N * E + e0
                 acc = skip * load(x, at)
@@ -124,11 +141,13 @@ def forward(
                     v = load(h, n * LANES) * load(edit_scale, at_edit + n * E) + load(edit_shift, at_edit + n * E)
                     store(h, n * LANES, v)
                     acc = acc + v * read(C, at_n + n)
-            if slots > 0 and capture_slot[t] >= 0:
-                _capture(h, captured[b, capture_slot[t]], channel_slot, e0, first_slot, slots)
+            if slots > 0 and read(capture_at, t) >= 0:
+                to = ((b * slots_in_time + read(capture_at, t)) * N * slots_in_channels) * FLOAT
+                into = carray(address(captured + to), (N, slots_in_channels), np.float32)
+                _capture(h, into, channel_at, e0, first_slot, slots)
             if padding:
                 acc = splat(ZERO)
-            elif has_gate:
+            elif gate:
                 acc = acc * silu(load(gate, i * gate_row + e0))
             store(y, at, acc)
         _copy(h, 0, LANES, h_last, b * N * E + e0, E, N)
