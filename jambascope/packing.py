@@ -1,4 +1,4 @@
-"""Rows of different lengths that run one behind the other, [1 token ...]: they begin where they like and end together."""
+"""Rows of different lengths that run one behind the other, [1 token ...], and end together."""
 
 from __future__ import annotations
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.plain import is_plain
-from jambascope.kernels.threads import FLOAT32, run_items
+from jambascope.kernels.threads import FLOAT32, run_loop
 
 SERIAL_BELOW = 65_536
 """Elements below which waking another thread costs more than it saves."""
@@ -53,10 +52,11 @@ def _fits(*tensors: torch.Tensor) -> bool:
 def _run(kind: str, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     kernels = _kernels()
     out = torch.empty(x.shape, **FLOAT32)
+    (batch, length, width), serial = x.shape, x.numel() < SERIAL_BELOW
     where = (v for t in (x, other) for v in (t.data_ptr(), t.stride(0), t.stride(1)))
-    arguments = getattr(kernels, kind), x.shape[1], x.shape[2], *where, out.data_ptr()
-    rows = x.shape[0] * x.shape[1]
-    run_items(lambda start, stop: kernels.apply(start, stop, *arguments), rows, serial=x.numel() < SERIAL_BELOW)
+    run_loop(
+        kernels.apply, batch * length, getattr(kernels, kind), length, width, *where, out.data_ptr(), serial=serial
+    )
     return out
 
 
@@ -64,5 +64,4 @@ def _run(kind: str, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def _kernels() -> ModuleType:
     from jambascope.kernels import activations_cpu
 
-    announce_first_compile(activations_cpu.apply)
     return activations_cpu

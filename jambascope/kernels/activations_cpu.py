@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from numba import njit
 
+from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.native import next_items, numbers
 from jambascope.kernels.vectors import FAST, LANES, aligned, load, read, silu, softplus, splat, store, write
 
 SILU, GATED, STEP_SIZE = 0, 1, 2
@@ -22,8 +24,17 @@ def _apply(kind, x, other):
     return softplus(x + other)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def apply(start, stop, kind, length, width, x, x_batch, x_row, other, other_batch, other_row, out):
+@NativeTask
+def apply(call):
+    given = numbers(call, 10)
+    start, stop = next_items(call)
+    while start < stop:
+        _rows(start, stop, *given)
+        start, stop = next_items(call)
+
+
+@njit(fastmath=FAST)
+def _rows(start, stop, kind, length, width, x, x_batch, x_row, other, other_batch, other_row, out):
     """Rows ``start..stop`` of one of the functions above into out [rows width]."""
     whole = width - width % LANES
     last = aligned(LANES)

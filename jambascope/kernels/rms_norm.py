@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
 import torch
 from jaxtyping import Float
 
-from jambascope.kernels.compiling import announce_first_compile
+from jambascope.kernels.compiling import NativeTask
 from jambascope.kernels.plain import is_plain
-from jambascope.kernels.threads import FLOAT32, run_items
+from jambascope.kernels.threads import FLOAT32, run_loop
 
 SERIAL_BELOW = 262_144
 """Elements below which waking another thread costs more than it saves."""
@@ -34,32 +33,27 @@ def rms_norm(
     ``x`` may be a slice of wider rows; see :func:`fits`.
     """
     out = torch.empty(x.shape, **FLOAT32)
-    kernels = _kernels()
-    arguments = x.shape[2], eps, x.data_ptr(), _row_stride(x), weight.data_ptr(), out.data_ptr()
-    _over_rows(x, lambda start, stop: kernels.forward(start, stop, *arguments))
+    _over_rows(_kernels().forward, x, eps, weight.data_ptr(), out.data_ptr())
     return out
 
 
 def root_mean_square(x: Float[torch.Tensor, "batch pos width"], eps: float) -> Float[torch.Tensor, "batch pos 1"]:
     """``sqrt(mean(x**2) + eps)`` over the last axis; see :func:`fits`."""
     out = torch.empty(*x.shape[:2], 1, **FLOAT32)
-    kernels = _kernels()
-    arguments = x.shape[2], eps, x.data_ptr(), _row_stride(x), out.data_ptr()
-    _over_rows(x, lambda start, stop: kernels.root_mean_square(start, stop, *arguments))
+    _over_rows(_kernels().root_mean_square, x, eps, out.data_ptr())
     return out
 
 
-def _row_stride(x: torch.Tensor) -> int:
-    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+def _over_rows(loop: NativeTask, x: torch.Tensor, eps: float, *addresses: int) -> None:
+    from jambascope.kernels.native import float_bits
 
-
-def _over_rows(x: torch.Tensor, loop: Callable[[int, int], None]) -> None:
-    run_items(loop, x.shape[0] * x.shape[1], serial=x.numel() < SERIAL_BELOW)
+    (batch, length, width), apart = x.shape, x.stride(1) if x.shape[1] > 1 else x.stride(0)
+    serial = x.numel() < SERIAL_BELOW
+    run_loop(loop, batch * length, width, float_bits(eps), x.data_ptr(), apart, *addresses, serial=serial)
 
 
 @cache
 def _kernels() -> ModuleType:
     from jambascope.kernels import rms_norm_cpu
 
-    announce_first_compile(rms_norm_cpu.forward)
     return rms_norm_cpu

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.native import as_float, next_items, numbers
 from jambascope.kernels.vectors import FAST, LANES, lane_sum, load, read, splat, store, write
 
 ZERO = np.float32(0.0)
@@ -23,10 +25,19 @@ def _mean_square(x, at, width, eps):
     return total / np.float32(width) + eps
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def forward(start, stop, width, eps, x, stride, weight, out):
+@NativeTask
+def forward(call):
+    given = numbers(call, 6)
+    start, stop = next_items(call)
+    while start < stop:
+        _forward(start, stop, *given)
+        start, stop = next_items(call)
+
+
+@njit(fastmath=FAST)
+def _forward(start, stop, width, eps_bits, x, stride, weight, out):
     """Rows ``start..stop``; x (rows ``stride`` apart), weight [width] and out [rows width] are addresses."""
-    whole = width - width % LANES
+    whole, eps = width - width % LANES, as_float(eps_bits)
     for row in range(start, stop):
         at, to = row * stride, row * width
         scale = np.float32(1.0 / np.sqrt(_mean_square(x, at, width, eps)))
@@ -36,8 +47,18 @@ def forward(start, stop, width, eps, x, stride, weight, out):
             write(out, to + i, read(x, at + i) * scale * read(weight, i))
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def root_mean_square(start, stop, width, eps, x, stride, out):
+@NativeTask
+def root_mean_square(call):
+    given = numbers(call, 5)
+    start, stop = next_items(call)
+    while start < stop:
+        _root_mean_square(start, stop, *given)
+        start, stop = next_items(call)
+
+
+@njit(fastmath=FAST)
+def _root_mean_square(start, stop, width, eps_bits, x, stride, out):
     """Rows ``start..stop``; x (rows ``stride`` apart) and out [rows] are addresses."""
+    eps = as_float(eps_bits)
     for row in range(start, stop):
         write(out, row, np.float32(np.sqrt(_mean_square(x, row * stride, width, eps))))

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 
 from jambascope.kernels.causal_conv.interface import Neighbours
 from jambascope.kernels.compiling import announce_first_compile
-from jambascope.kernels.threads import FLOAT32, run_items
+from jambascope.kernels.threads import FLOAT32, run_items, run_loop
 
 SERIAL_BELOW = 65_536
 """Inputs below which waking another thread costs more than it saves."""
-_NO_TABLE = np.empty((0, 0, 0), np.int32)
 
 
 def causal_conv1d(
@@ -93,17 +92,17 @@ def _forward(
 
     batch, length, channels = x.shape
     out = torch.empty(batch, length, channels, **FLOAT32)
-    source = _NO_TABLE if tables is None else tables.source.numpy()
-    inputs = _addresses(x, weight, bias, past)
-    into, taps, chunks = out.data_ptr(), _taps(weight.shape[1]), 1
+    source = 0 if tables is None else tables.source.data_ptr()
+    x_at, x_row, *rest = _addresses(x, weight, bias, past)
+    chunks = 1
     if bounds is None:
         bounds, chunks = np.arange(batch + 1) * length, -(-length // k.CHUNK)
-    announce_first_compile(k.forward)
-    run_items(
-        lambda start, stop: k.forward(start, stop, bounds, chunks, channels, *inputs, source, taps, silu, into),
-        (len(bounds) - 1) * chunks,
+    rows = len(bounds) - 1
+    run_loop(
+        k.FORWARD[weight.shape[1]], rows * chunks,
+        rows, length, chunks, channels, x_row, silu, bounds.ctypes.data, x_at, *rest, source, out.data_ptr(),
         serial=out.numel() < SERIAL_BELOW,
-    )
+    )  # fmt: skip
     return out
 
 

@@ -2,8 +2,8 @@
 
 A work item is CHUNK positions of one batch row. It takes its channels LANES at a time and walks through its positions
 with the last inputs, the weights and the sums in registers; the chunk's rows meanwhile lie in cache. Arrays arrive as
-addresses (float32; contiguous but for ``x``, whose positions are ``x_row`` apart), and ``taps`` as ``(0, 1, .. K - 1)``: its length
-is part of its type, so that a loop over it is unrolled.
+addresses (float32; contiguous but for ``x``, whose positions are ``x_row`` apart), and ``taps`` as ``(0, 1, .. K - 1)``:
+its length is part of its type, so that a loop over it is unrolled.
 
 Inputs are numbered as in ``cat(past, x)``: ``source`` [B T K] says which of them tap k of an output meets, ``target``
 [B K-1+T K] which output met an input with tap k, -1 for none (``interface.neighbours``). Empty tables mean ``t + k``
@@ -15,10 +15,12 @@ Bound, forward with SiLU: 8 bytes, and per vector K multiply-adds, one exp2 (13 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 from numba.cpython.unsafe.tuple import tuple_setitem
 
-from jambascope.kernels.vectors import LANES, load, load_every, repeat, sigmoid, splat, store
+from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.native import address, next_items, numbers
+from jambascope.kernels.vectors import LANES, load, load_every, read, repeat, sigmoid, splat, store
 
 CHUNK = 32
 
@@ -71,19 +73,22 @@ def _dot(weights, window, sums):
     return sums
 
 
-@njit(nogil=True, cache=True)
-def forward(start, stop, bounds, chunks, E, x, x_row, past, weight, bias, source, taps, silu, out):
-    """weight [E K]; bias [E]; past [B K-1 E]; out [B T E]. E at least LANES: the last block overlaps its neighbour.
+@njit
+def _forward(start, stop, rows, longest, chunks, E, x_row, silu, bounds, x, past, weight, bias, table, out, taps):
+    """Work items ``start..stop``. weight [E K]; bias [E]; past [B K-1 E]; ``table`` is ``source``, or 0; out [B T E].
+    E at least LANES: the last block overlaps its neighbour.
 
-    Row b has the positions from bounds[b] to bounds[b + 1] of the flat ones. A row is that many ``chunks``, work items;
-    with 1, whatever its length is.
+    Row b has the positions from bounds[b] to bounds[b + 1] (int64) of the flat ones. A row is that many ``chunks``,
+    work items; with 1, whatever its length is.
     """
+    bound = carray(address(bounds), (1,), np.int64)
+    source = carray(address(table), (rows if table else 0, longest, len(taps)), np.int32)
     K = len(taps)
     zero = splat(np.float32(0.0))
     for item in range(start, stop):
         b, chunk = item // chunks, item % chunks
-        begin = bounds[b]
-        T = bounds[b + 1] - begin
+        begin = read(bound, b)
+        T = read(bound, b + 1) - begin
         for first in range(chunk * CHUNK, T if chunks == 1 else min((chunk + 1) * CHUNK, T), CHUNK):
             for block in range(-(-E // LANES)):
                 e = min(block * LANES, E - LANES)
@@ -99,6 +104,22 @@ def forward(start, stop, bounds, chunks, E, x, x_row, past, weight, bias, source
                     if silu:
                         v = v * sigmoid(v)
                     store(out, (begin + t) * E + e, v)
+
+
+def _forward_of(taps: tuple[int, ...]) -> NativeTask:
+    @NativeTask
+    def forward(call):
+        given = numbers(call, 13)
+        start, stop = next_items(call)
+        while start < stop:
+            _forward(start, stop, *given, taps)
+            start, stop = next_items(call)
+
+    return forward
+
+
+FORWARD = {width: _forward_of(tuple(range(width))) for width in range(1, 9)}
+"""By width, which each is compiled for."""
 
 
 @njit(inline="always")
