@@ -277,6 +277,8 @@ def indices_in(held: Sequence[int], positions: Sequence[int]) -> list[int]:
 
 def checked_positions(positions: int | Iterable[int], name: str = "positions") -> tuple[int, ...]:
     """Distinct whole numbers from 0, ascending."""
+    if isinstance(positions, range) and positions and positions.start >= 0 and positions.step > 0:
+        return tuple(positions)
     if isinstance(positions, (np.ndarray, np.generic, torch.Tensor)):
         positions = positions.tolist()
     given = tuple(positions) if isinstance(positions, Iterable) else (positions,)

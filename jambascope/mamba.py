@@ -17,6 +17,7 @@ from jambascope.devices import index_tensor
 from jambascope.hook_point import HookPoint
 from jambascope.kernels import activations
 from jambascope.kernels.selective_scan import ScanResult, selective_scan
+from jambascope.kernels.selective_scan.shared import Inputs, scan_on
 from jambascope.norms import InnerNorm
 from jambascope.ssm_mixer import convolve, scan_with_listeners
 from jambascope.state import MambaState, Run
@@ -86,12 +87,20 @@ class MambaMixer(nn.Module):
         dt = F.linear(self.dt_layernorm(dt_B_C[..., :R]), self.dt_proj.weight)
 
         scan = self._scan(x, dt, B, C, gate, run, None if memory is None else memory.ssm)
-        if memory is not None and run.packing is None:
+        if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         if reads is None:
             return self.out_proj(self.hook_z(scan.y))
         gate = self._project_in(hidden.index_select(1, reads), slice(d_inner, None))
         return self.out_proj(activations.gated(scan.y.index_select(1, reads), gate))
+
+    def carry_on(
+        self, states: torch.Tensor, sequences: Sequence[int], firsts: Sequence[int], inputs: Inputs
+    ) -> torch.Tensor:
+        """What rows [R E N] of states add to the stream from their first positions on, when what enters the layer there
+        is that of a sequence whose ``inputs`` are known: [1 token D]."""
+        A = -torch.exp(self.A_log.to(inputs.dt.dtype))
+        return self.out_proj(scan_on(states, sequences, firsts, inputs, A, self.D))
 
     def _project_in(self, hidden: torch.Tensor, half: slice) -> torch.Tensor:
         """x or the gate alone."""

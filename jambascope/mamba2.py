@@ -78,7 +78,7 @@ class Mamba2Mixer(nn.Module):
         dt = self._step_size(dt, run.mask)
 
         scan = self._scan(x, dt, B, C, run, None if memory is None else memory.ssm)
-        if memory is not None and run.packing is None:
+        if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state.flatten(1, 2)))
         y = self.hook_y(scan.y.flatten(2))
         z = self.hook_z(self.norm(y, gate))

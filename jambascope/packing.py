@@ -12,17 +12,22 @@ from jambascope.devices import index_tensor
 
 
 class Packing:
-    """Row r has the positions from ``starts[r]`` to ``length``; what it did before lies in the state of its run."""
+    """Row r has the positions from ``starts[r]`` to ``length``, or to ``ends[r]``; what it did before lies in the state
+    of its run."""
 
-    def __init__(self, starts: Sequence[int], length: int, device: torch.device) -> None:
+    def __init__(
+        self, starts: Sequence[int], length: int, device: torch.device, ends: Sequence[int] | None = None
+    ) -> None:
         self.starts, self.length = np.asarray(starts), length
-        lengths = length - self.starts
+        lengths = (length if ends is None else np.asarray(ends)) - self.starts
         self.bounds = np.concatenate(([0], lengths.cumsum()))
         """Where rows begin and end among the tokens: the kernels' ``cu_seqlens``."""
-        self.rows: Int[torch.Tensor, " token"] = index_tensor(np.repeat(np.arange(len(lengths)), lengths), device)
-        self.positions: Int[torch.Tensor, " token"] = index_tensor(
-            np.arange(self.bounds[-1]) - np.repeat(self.bounds[:-1] - self.starts, lengths), device
-        )
+        self.row_of = np.repeat(np.arange(len(lengths)), lengths)
+        """Of each token."""
+        self.position_of = np.arange(self.bounds[-1]) - np.repeat(self.bounds[:-1] - self.starts, lengths)
+        """Of each token."""
+        self.rows: Int[torch.Tensor, " token"] = index_tensor(self.row_of, device)
+        self.positions: Int[torch.Tensor, " token"] = index_tensor(self.position_of, device)
 
     def tokens(self, rows: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         """Which tokens are at these positions of these rows."""

@@ -20,10 +20,11 @@ import torch
 from jaxtyping import Float
 
 from jambascope.devices import index_tensor
-from jambascope.hooks.sweep.nodes import Target
+from jambascope.hooks.sweep.nodes import Target, enters
 from jambascope.hooks.sweep.patches import changed_stream, patch_hooks
 from jambascope.hooks.sweep.recorded import Base, Recording
 from jambascope.hooks.sweep.rows import Row, Together, by_target
+from jambascope.packing import Packing
 from jambascope.state import InferenceState, Run
 
 if TYPE_CHECKING:
@@ -63,12 +64,20 @@ class Engine:
             for layer in range(min(by_layer), model.config.n_layers):
                 joining = by_layer.get(layer, [])
                 entering = [row for row in joining if self._entering[row.target]]
+                mixed, last = None, layer == model.config.n_layers - 1
                 if entering:
                     more = self._together(entering)
-                    x, together = _joined(x, self._patched_stream(layer, more)), self._with(together, more)
-                last = layer == model.config.n_layers - 1
+                    mixed = self._mixed_from_base(layer, more)
+                    if mixed is None:
+                        x, together = _joined(x, self._patched_stream(layer, more)), self._with(together, more)
+                    elif last:
+                        mixed = mixed.index_select(1, more.at(self.reads))
                 if together is not None:
-                    x = self._block(layer, x, together, together.at(self.reads) if last else None)
+                    x = self._mix(layer, x, together, together.at(self.reads) if last else None)
+                if mixed is not None:
+                    x, together = _joined(x, mixed), self._with(together, more)
+                if x is not None:
+                    x = model.blocks[layer].feed(x, Run(1, x.shape[1], x.device, None, None))
                 for target, rows_of_target in by_target([row for row in joining if not self._entering[row.target]]):
                     more = self._together(rows_of_target)
                     within = self._after_layer(layer, target, more)
@@ -84,13 +93,12 @@ class Engine:
         return found
 
     def __post_init__(self) -> None:
-        points = [(target.tail, target.channel_axis) for target in self.targets]
-        self._entering = [point == ("hook_resid_pre", None) for point in points]
+        self._entering = [enters(target) for target in self.targets]
         """Of each target, whether its patch is of what enters the layer."""
 
     def order(self, row: Row) -> tuple:
         """What rows are sorted by."""
-        return self.targets[row.target].layer, not self._entering[row.target], row.target, row.positions
+        return self.targets[row.target].layer, not self._entering[row.target], row.target, row.pair, row.positions
 
     def _together(self, rows: Sequence[Row]) -> Together:
         return Together(rows, self.base, self.model.device)
@@ -103,15 +111,39 @@ class Engine:
         x[0, at] = self.source.at(f"blocks.{layer}.hook_resid_pre", entries.prompts, entries.positions)
         return x
 
-    def _block(
+    def _mixed_from_base(self, layer: int, together: Together) -> Float[torch.Tensor, "1 token d_model"] | None:
+        """The stream after the mixer of the layer that rows enter, where little of what it reads differs from the base
+        run: the layer runs from a row's start to where the convolution forgets the patch, and from there on only the
+        state still does. None for other mixers, and where what the base's scan read is not kept."""
+        model, block, base, packing = self.model, self.model.blocks[layer], self.base, together.packing
+        inputs = base.mixing(layer)
+        if inputs is None:
+            return None
+        device, last = self.model.device, np.array([row.positions[-1] for row in together.rows])
+        ends = np.minimum(last + model.config.d_conv, base.length)
+        begun = Packing(packing.starts, base.length, device, ends)
+        in_begun = packing.tokens(begun.row_of, begun.position_of)
+        later = np.ones(packing.bounds[-1], dtype=bool)
+        later[in_begun] = False
+        in_begun, later = index_tensor(in_begun, device), index_tensor(np.flatnonzero(later), device)
+
+        x = self._patched_stream(layer, together)
+        state = InferenceState([base.memory(model, layer, together.pairs, packing.starts)] * model.config.n_layers)
+        run = Run(1, len(in_begun), device, None, state, packing=begun)
+        mixed = block.mix(x.index_select(1, in_begun), run)
+        sequences = [row.pair for row in together.rows]
+        added = block.mixer.carry_on(run.mamba_state(layer).ssm, sequences, ends, inputs)
+        return x.index_copy_(1, in_begun, mixed).index_add_(1, later, added)
+
+    def _mix(
         self, layer: int, x: torch.Tensor, together: Together, reads: torch.Tensor | None
     ) -> Float[torch.Tensor, "1 token d_model"]:
-        """One layer; where only the tokens ``reads`` are wanted of what leaves it, those."""
-        model, block, packing = self.model, self.model.blocks[layer], together.packing
+        """The first half of a layer; where only the tokens ``reads`` are wanted of what leaves it, those."""
+        model, packing = self.model, together.packing
         memory = self.base.memory(model, layer, together.pairs, packing.starts)
         state = InferenceState([memory] * model.config.n_layers)
         run = Run(1, x.shape[1], x.device, None, state, packing=packing)
-        return block.feed(block.mix(x, run, reads), run)
+        return model.blocks[layer].mix(x, run, reads)
 
     def _after_layer(self, layer: int, target: int, together: Together) -> Float[torch.Tensor, "1 token d_model"]:
         """The stream after a layer within which rows are patched."""

@@ -29,7 +29,7 @@ from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import Node, Target, targets
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Question, layers_of, listed, position
-from jambascope.hooks.sweep.recorded import Base, Recording, record
+from jambascope.hooks.sweep.recorded import Base, Prompts, Recording, record
 from jambascope.hooks.sweep.result import KnockOuts
 from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.running import Running
@@ -141,7 +141,7 @@ class _KnockOuts(Running):
         for first in range(0, self.question.pairs, n):
             question = self.question.some(first, n)
             starts = starts_of(self.queries, self.room.states)
-            base = Base.record(self.model, question.base, question.all_reads, starts, self.passed, {})
+            base, _ = Base.record(self.model, question.base, question.all_reads, starts, self.passed, {})
             self.ends(first, base, base.logits)
             yield done / steps
             for layer in self.layers:
@@ -209,7 +209,8 @@ class _KnockOuts(Running):
     def _attention(self, question: Question, layer: int) -> Callable[[int], torch.Tensor]:
         """What heads mix without each key of a query, [edge of the query, pair, H, P]."""
         names = self._seen(layer)
-        seen = record(self.model, question.base, names)[0].values
+        [(recording, _)] = record(self.model, Prompts(question.base, names))
+        seen = recording.values
         scores, v = (seen[name] for name in names)
         v = v.repeat_interleave(self.model.config.n_heads // self.model.config.n_key_value_heads, dim=2)
 
@@ -226,7 +227,8 @@ class _KnockOuts(Running):
     def _mamba(self, question: Question, layer: int) -> Callable[[int], torch.Tensor]:
         """What a scan reads out without each key of a query, [edge of the query, pair, E]."""
         name = f"blocks.{layer}.mixer.hook_y"
-        y = record(self.model, question.base, {name: self.queries})[0].values[name]
+        [(recording, _)] = record(self.model, Prompts(question.base, {name: self.queries}))
+        y = recording.values[name]
         terms = capture_terms(self.model, question.base, [layer])[layer]
         x = inputs(terms, self.form)
 

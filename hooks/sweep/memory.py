@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jambascope.errors import InputError
-from jambascope.hooks.sweep.nodes import Target, needed, read_again
+from jambascope.hooks.sweep.nodes import Target, enters, needed, read_again
 from jambascope.hooks.sweep.question import Question
-from jambascope.hooks.sweep.recorded import base_points, state_points
+from jambascope.hooks.sweep.recorded import base_points, mixing_points, state_points
 from jambascope.hooks.sweep.rows import Row
 
 if TYPE_CHECKING:
@@ -127,6 +127,13 @@ class Needs:
     def of_base(self, group: Iterable[int]) -> dict[str, list[int]]:
         """Those of the base run, besides what every row needs."""
         return _merged(self._of[i].base for i in group)
+
+    def mixing(self, group: Iterable[int]) -> list[str]:
+        """Hook points of the base run that rows of a group are computed from faster, where there is memory for them."""
+        entered = {self.targets[i].layer for i in group if enters(self.targets[i])}
+        return mixing_points(
+            sorted(entered.intersection(i for i, m in enumerate(self.model.config.mixers) if m == "mamba"))
+        )
 
     def layers(self, group: Iterable[int]) -> range:
         """Those that rows pass through."""

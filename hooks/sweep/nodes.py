@@ -260,6 +260,11 @@ def interventions(
     return restored
 
 
+def enters(target: Target) -> bool:
+    """Whether a patch is of the whole of what enters its layer."""
+    return target.tail == "hook_resid_pre" and target.channel_axis is None
+
+
 def needed(target: Target) -> list[str]:
     """The hook points of the source run that a target's values come from."""
     prefix = f"blocks.{target.layer}."

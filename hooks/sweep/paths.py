@@ -27,7 +27,7 @@ from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, distinct, expert_addend, needed, targets, targets_of
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Question, layers_of
-from jambascope.hooks.sweep.recorded import Base, Recording, record
+from jambascope.hooks.sweep.recorded import Base, Prompts, Recording
 from jambascope.hooks.sweep.result import Effects
 from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.running import Running
@@ -201,9 +201,11 @@ class _Paths(Running):
         done = 0
         for begin in range(0, question.pairs, self.room.pairs):
             some = question.some(begin, self.room.pairs)
-            source, source_logits = record(self.model, some.source, self.of_source, some.all_reads)
             starts = starts_of([self._first(some)], self.room.states)
-            base = Base.record(self.model, some.base, some.all_reads, starts, self.layers, self.of_base)
+            prompts = Prompts(some.source, self.of_source)
+            base, [(source, source_logits)] = Base.record(
+                self.model, some.base, some.all_reads, starts, self.layers, self.of_base, prompts
+            )
             self.ends(begin, base, source_logits)
             yield done / max(work, 1)
             for group in self._groups(some):

@@ -6,10 +6,11 @@ remembers, R row (one cell of one pair).
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from jambascope.devices import index_tensor
 from jambascope.hook_point import At, HookPoint
 from jambascope.hooks.sweep.nodes import CONV_STATE, STATE
+from jambascope.kernels.selective_scan.shared import Inputs
 from jambascope.state import InferenceState, KeyValueState, MambaState
 
 if TYPE_CHECKING:
@@ -44,36 +46,64 @@ class Recording:
         value = self.values[name]
         return value[prompts, index_tensor(self.places(name, positions), value.device)]
 
+    def at_all(self, name: str, positions: Sequence[int]) -> torch.Tensor:
+        """The same of all prompts: [A T ...]."""
+        value = self.values[name]
+        return value.index_select(1, index_tensor(self.places(name, positions), value.device))
+
+
+Recorded = tuple[Recording, Float[torch.Tensor, "prompt read vocab"]]
+"""What a run computed at chosen positions of hook points, and its logits where metrics read."""
+
+
+class Prompts(NamedTuple):
+    """Of one run, and what to keep of it."""
+
+    tokens: Int[torch.Tensor, "prompt pos"]
+    wanted: Mapping[str, Sequence[int]]
+    """Hook point -> positions, ascending."""
+
 
 @torch.no_grad()
 def record(
-    model: HookedJamba,
-    tokens: Int[torch.Tensor, "prompt pos"],
-    wanted: Mapping[str, Sequence[int]],
-    reads: Sequence[int] = (),
-    state: InferenceState | None = None,
-) -> tuple[Recording, Float[torch.Tensor, "prompt read vocab"]]:
-    """One run; what it computed at chosen positions of hook points, and its logits at ``reads`` alone."""
-    kept: dict[str, torch.Tensor] = {}
+    model: HookedJamba, *runs: Prompts, reads: Sequence[int] = (), state: InferenceState | None = None
+) -> list[Recorded]:
+    """Runs of prompts of one length, in one pass; logits at ``reads`` alone."""
     last = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
-    every = dict(wanted)
+    wanted = [dict(run.wanted) for run in runs]
     if reads:
-        every[last] = sorted({*wanted.get(last, ()), *reads})
+        for of_run in wanted:
+            of_run[last] = sorted({*of_run.get(last, ()), *reads})
+    kept: list[dict[str, torch.Tensor]] = [{} for _ in runs]
+    sizes = [len(run.tokens) for run in runs]
 
     def keep(value: torch.Tensor, hook: HookPoint) -> None:
-        kept[hook.name] = value.clone()
+        for of_run, values, part in zip(wanted, kept, value.split(sizes), strict=True):
+            positions = of_run.get(hook.name, ())
+            if len(positions) == len(hook.positions):
+                values[hook.name] = part.clone()
+            elif positions:
+                time = model.hook_rows[hook.name].axes.index("T")
+                places = np.searchsorted(hook.positions, positions)
+                values[hook.name] = part.index_select(time, index_tensor(places, value.device))
 
-    hooks: list[tuple[str, Callable]] = [(name, At(positions, keep)) for name, positions in every.items()]
+    hooks: list[tuple[str, Callable]] = []
+    for name in dict.fromkeys(itertools.chain(*wanted)):
+        positions = [of_run[name] for of_run in wanted if name in of_run]
+        hooks.append((name, At(positions[0] if len(positions) == 1 else sorted(set().union(*positions)), keep)))
     with model.hooks(hooks):
-        model(tokens, state=state, return_type=None)
-    recording = Recording(kept, every)
+        model(torch.cat([run.tokens for run in runs]), state=state, return_type=None)
+    found = [Recording(*both) for both in zip(kept, wanted, strict=True)]
     if not reads:
-        return recording, model.embed.weight.new_empty(len(tokens), 0, model.config.d_vocab)
-    stream = kept[last].index_select(1, index_tensor(recording.places(last, reads), model.device))
-    if last not in wanted:
-        del kept[last], every[last]
+        nothing = model.embed.weight.new_empty(sum(sizes), 0, model.config.d_vocab)
+        return list(zip(found, nothing.split(sizes), strict=True))
+    at = [recording.at_all(last, reads) for recording in found]
+    for recording, run in zip(found, runs, strict=True):
+        if last not in run.wanted:
+            del recording.values[last], recording.positions[last]
     with model._lock:
-        return recording, model.unembed(model.ln_final(stream))
+        logits = model.unembed(model.ln_final(torch.cat(at)))
+    return list(zip(found, logits.split(sizes), strict=True))
 
 
 @dataclass
@@ -102,8 +132,9 @@ class Base:
         starts: Iterable[int],
         layers: range,
         further: Mapping[str, Sequence[int]],
-    ) -> Base:
-        """One run.
+        *others: Prompts,
+    ) -> tuple[Base, list[Recorded]]:
+        """One run, and others in the same pass.
 
         Args:
             reads: positions that metrics read.
@@ -111,14 +142,15 @@ class Base:
             layers: rows pass through these, and no others.
             further: other hook points to keep, and their positions.
         """
-        starts, length = tuple(starts), tokens.shape[1]
+        starts, (n, length) = tuple(starts), tokens.shape
         wanted, before = base_points(length, layers, further), {s - 1 for s in starts if s}
         for name in state_points(model, layers) if before else ():
             wanted[name] = sorted(before.union(wanted.get(name, ())))
-        state = model.new_state(len(tokens))
-        recording, logits = record(model, tokens, wanted, reads, state)
-        keys = {i: state.layers[i] for i in layers if isinstance(state.layers[i], KeyValueState)}
-        return cls(recording, logits, length, starts, keys)
+        state = model.new_state(n + sum(len(other.tokens) for other in others))
+        (recording, logits), *found = record(model, Prompts(tokens, wanted), *others, reads=reads, state=state)
+        keys = {i: held for i, held in enumerate(state.layers) if i in layers and isinstance(held, KeyValueState)}
+        keys = {i: KeyValueState(held.keys[:n].clone(), held.values[:n].clone()) for i, held in keys.items()}
+        return cls(recording, logits, length, starts, keys), found
 
     def start_of(self, position: int) -> int:
         """Where rows start that are first patched at a position."""
@@ -130,6 +162,13 @@ class Base:
         if name not in self.recording.values:
             name = f"blocks.{layer - 1}.hook_resid_post"
         return self.recording.values[name]
+
+    def mixing(self, layer: int) -> Inputs | None:
+        """What the scan of a Mamba layer reads, where it is kept."""
+        names = mixing_points([layer])
+        if names[0] not in self.recording.values:
+            return None
+        return Inputs(*(self.recording.values[name] for name in names))
 
     def memory(
         self, model: HookedJamba, layer: int, prompts: Int[torch.Tensor, " row"], starts: np.ndarray
@@ -170,6 +209,11 @@ def base_points(length: int, layers: range, further: Mapping[str, Sequence[int]]
     wanted: dict[str, Sequence[int]] = {f"blocks.{layer}.hook_resid_pre": everywhere for layer in layers}
     wanted[f"blocks.{layers[-1]}.hook_resid_post"] = everywhere
     return {**further, **wanted}
+
+
+def mixing_points(layers: Iterable[int]) -> list[str]:
+    """What the scans of Mamba layers read, as hook points."""
+    return [f"blocks.{layer}.mixer.hook_{name}" for layer in layers for name in Inputs._fields]
 
 
 def state_points(model: HookedJamba, layers: Iterable[int]) -> list[str]:

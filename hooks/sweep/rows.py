@@ -69,17 +69,19 @@ class Together:
     """Rows one behind the other, each from where it begins, and the tokens that they are."""
 
     def __init__(self, rows: Sequence[Row], base: Base, device: torch.device) -> None:
-        self.rows, self.base = rows, base
+        self.rows, self.base, self.device = rows, base, device
         self.packing = Packing([base.start_of(row.positions[0]) for row in rows], base.length, device)
         self.pairs = index_tensor([row.pair for row in rows], device)
 
-    def stream(self, layer: int) -> Float[torch.Tensor, "1 token d_model"]:
-        """What enters a layer in the base run; after the last layer what leaves it."""
-        return self.base.stream(layer)[self.pairs[self.packing.rows], self.packing.positions][None]
+    def stream(self, layer: int, packing: Packing | None = None) -> Float[torch.Tensor, "1 token d_model"]:
+        """What enters a layer in the base run, at all tokens or at those of another packing of the same rows; after the
+        last layer what leaves it."""
+        packing = packing or self.packing
+        return self.base.stream(layer)[self.pairs[packing.rows], packing.positions][None]
 
     def patched(self) -> tuple[Entries, Int[torch.Tensor, " entry"]]:
         """The patched positions one by one, and which tokens they are."""
-        entries = Entries.of(self.rows, self.base.length, self.pairs.device)
+        entries = Entries.of(self.rows, self.base.length, self.device)
         return entries, self._tokens(entries.rows.tolist(), entries.positions)
 
     def having(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,4 +94,4 @@ class Together:
         return self._tokens(rows, np.asarray(positions)[which])
 
     def _tokens(self, rows: Sequence[int], positions: Sequence[int]) -> Int[torch.Tensor, " token"]:
-        return index_tensor(self.packing.tokens(rows, positions), self.pairs.device)
+        return index_tensor(self.packing.tokens(rows, positions), self.device)

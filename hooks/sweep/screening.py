@@ -22,7 +22,7 @@ from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import EXPERT_OUT, Node, Target, axes_of
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Measure, Question
-from jambascope.hooks.sweep.recorded import record
+from jambascope.hooks.sweep.recorded import Prompts, record
 from jambascope.hooks.sweep.result import PatchSweep, SweepError
 from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.sweep import Cells, Sweep
@@ -143,7 +143,8 @@ def _estimates(question: Question, cells: Cells, at_once: int) -> dict[str, np.n
     names = [target.name for target in cells.targets]
     for first in range(0, question.pairs, at_once):
         some = question.some(first, at_once)
-        measure.add(first, *(record(model, tokens, {}, reads)[1] for tokens in (some.base, some.source)))
+        ends = record(model, *(Prompts(tokens, {}) for tokens in (some.base, some.source)), reads=reads)
+        measure.add(first, *(logits for _, logits in ends))
         if not columns:
             continue
         pairs = torch.arange(first, first + some.pairs, device=model.device)

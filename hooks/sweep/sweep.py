@@ -19,12 +19,12 @@ from jambascope.errors import InputError
 from jambascope.hooks.intervals import at_least
 from jambascope.hooks.sweep.batches import starts_of
 from jambascope.hooks.sweep.engine import Engine
-from jambascope.hooks.sweep.memory import Needs, Room
+from jambascope.hooks.sweep.memory import Needs, Room, values_bytes
 from jambascope.hooks.sweep.metrics import Metric
 from jambascope.hooks.sweep.nodes import Node, axes_of, targets_of
 from jambascope.hooks.sweep.progress import Progress
 from jambascope.hooks.sweep.question import Direction, Question, layers_of, listed, position
-from jambascope.hooks.sweep.recorded import Base, record
+from jambascope.hooks.sweep.recorded import Base, Prompts
 from jambascope.hooks.sweep.result import PatchSweep
 from jambascope.hooks.sweep.rows import Row
 from jambascope.hooks.sweep.running import Running
@@ -175,9 +175,14 @@ class Sweep(Running):
     ) -> tuple[Engine, torch.Tensor]:
         """Both runs of some pairs, with what the rows need of them."""
         reads, needs = question.all_reads, self.needs
-        starts = starts_of({row.positions[0] for row in rows}, room.states)
-        source, source_logits = record(self.model, question.source, needs.of_source(group), reads)
-        base = Base.record(self.model, question.base, reads, starts, needs.layers(group), needs.of_base(group))
+        starts, of_base = starts_of({row.positions[0] for row in rows}, room.states), needs.of_base(group)
+        everywhere = dict.fromkeys(needs.mixing(group), range(question.length))
+        if question.pairs * values_bytes(self.model, everywhere, question.length) <= room.left:
+            of_base |= everywhere
+        prompts = Prompts(question.source, needs.of_source(group))
+        base, [(source, source_logits)] = Base.record(
+            self.model, question.base, reads, starts, needs.layers(group), of_base, prompts
+        )
         return Engine(self.model, self.cells.targets, base, source, reads), source_logits
 
 

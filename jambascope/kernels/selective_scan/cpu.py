@@ -116,7 +116,7 @@ def _slots(chosen: np.ndarray | None, size: int) -> np.ndarray:
     return slots
 
 
-def _solid(v: torch.Tensor | None) -> torch.Tensor | None:
+def solid(v: torch.Tensor | None) -> torch.Tensor | None:
     """Contiguous float32, as loops read it."""
     if v is None:
         return None
@@ -124,7 +124,7 @@ def _solid(v: torch.Tensor | None) -> torch.Tensor | None:
     return v if v.dtype == torch.float32 and v.is_contiguous() else v.to(torch.float32).contiguous()
 
 
-def _in_step(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+def in_step(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     """[B T E] whose positions are all equally far apart, and how far: a slice of a projection is not copied."""
     if v is None:
         return None, 0
@@ -165,22 +165,22 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     if bounds is None:
         bounds = np.arange(batch + 1) * length
     batch = len(bounds) - 1
-    gate, gate_row = _in_step(gate)
+    gate, gate_row = in_step(gate)
     # States go in and come out as [.. N E]: the layout in which the loop reads a lane block as one vector.
     given = _Given(
         0 if scale is None else scale.shape[2],
-        [_solid(v) for v in (x, dt, A.detach().float().T * LOG2_E, B, C, D)],
+        [solid(v) for v in (x, dt, A.detach().float().T * LOG2_E, B, C, D)],
         gate,
         gate_row,
-        _solid(dt_bias),
+        solid(dt_bias),
         plan,
-        [_solid(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)],
+        [solid(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)],
     )
     final = torch.empty(batch, d_state, d_inner, **FLOAT32)
     positions, channels = plan.captured_size
     captured = torch.empty(batch, positions, d_state, channels, **FLOAT32)
     checkpoints = torch.empty(batch, -(-length // chunk), d_state, d_inner, **FLOAT32) if keep else None
-    start_state = _solid(None if h0 is None else h0.mT)
+    start_state = solid(None if h0 is None else h0.mT)
     run_loop(
         k.forward, batch * d_inner // k.LANES,
         length, d_inner, d_state, given.edits_count, positions, channels, chunk, plan.dt_softplus, gate_row,
@@ -219,7 +219,7 @@ class _Scan(torch.autograd.Function):
         grad_h0 = torch.empty(batch, d_state, d_inner, **FLOAT32) if h0 is not None else torch.empty(0, **FLOAT32)
         n_edits = 0 if scale is None else scale.shape[2]
         grad_scale, grad_shift = torch.zeros(2, batch, n_edits, d_state, d_inner, **FLOAT32)
-        above = _flat(_solid(dy)), _flat(_solid(dfinal.mT)), _solid(dcaptured).numpy()
+        above = _flat(solid(dy)), _flat(solid(dfinal.mT)), solid(dcaptured).numpy()
         announce_first_compile(k.backward)
         into = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_gate, grad_h0, grad_scale, grad_shift)
         given, checkpoints, chunk = ctx.kept

@@ -37,6 +37,7 @@ from jambascope.kernels.vectors import (
     softplus,
     splat,
     store,
+    write,
 )
 
 ZERO = np.float32(0.0)
@@ -142,9 +143,8 @@ def _forward(
                     store(h, n * LANES, v)
                     acc = acc + v * read(C, at_n + n)
             if slots > 0 and read(capture_at, t) >= 0:
-                to = ((b * slots_in_time + read(capture_at, t)) * N * slots_in_channels) * FLOAT
-                into = carray(address(captured + to), (N, slots_in_channels), np.float32)
-                _capture(h, into, channel_at, e0, first_slot, slots)
+                to = (b * slots_in_time + read(capture_at, t)) * N * slots_in_channels
+                _capture(h, N, captured + to * FLOAT, slots_in_channels, channel_at, e0, first_slot, slots)
             if padding:
                 acc = splat(ZERO)
             elif gate:
@@ -173,16 +173,15 @@ def _captured_lanes(channel_slot, e0):
 
 
 @njit(inline="always")
-def _capture(h, into, channel_slot, e0, first_slot, slots):
-    """Copy the captured lanes of h [N LANES] into their slots [N channel slot]."""
-    for n in range(into.shape[0]):
+def _capture(h, N, into, channels, channel_slot, e0, first_slot, slots):
+    """Copy the captured lanes of h [N LANES] into their slots [N channels] at the address ``into``."""
+    for n in range(N):
         if slots == LANES:
-            for i in range(LANES):
-                into[n, first_slot + i] = h[n * LANES + i]
+            store(into, n * channels + first_slot, load(h, n * LANES))
         else:
             for i in range(LANES):
                 if channel_slot[e0 + i] >= 0:
-                    into[n, channel_slot[e0 + i]] = h[n * LANES + i]
+                    write(into, n * channels + channel_slot[e0 + i], h[n * LANES + i])
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
