@@ -76,8 +76,7 @@ class MambaMixer(nn.Module):
             x, gate = projected[..., :d_inner], self.hook_gate(projected[..., d_inner:])
         else:
             x = self._project_in(hidden, slice(d_inner))
-        past = None if memory is None else memory.conv
-        x, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, x, run, past)
+        x, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, x, run, memory)
         x = self.hook_x(x if mask is None else x * mask)
 
         dt_B_C = self.x_proj(x)
@@ -86,7 +85,7 @@ class MambaMixer(nn.Module):
         C = self.hook_C(self.c_layernorm(dt_B_C[..., R + N :]))
         dt = F.linear(self.dt_layernorm(dt_B_C[..., :R]), self.dt_proj.weight)
 
-        scan = self._scan(x, dt, B, C, gate, run, None if memory is None else memory.ssm)
+        scan = self._scan(x, dt, B, C, gate, run, memory)
         if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         if reads is None:
@@ -118,16 +117,16 @@ class MambaMixer(nn.Module):
             *(dt["weight"], dt["bias"], self.A_log, self.D, out["weight"], out["bias"]),
         )
 
-    def _scan(self, x, dt, B, C, gate, run: Run, initial_state) -> ScanResult:
+    def _scan(self, x, dt, B, C, gate, run: Run, memory: MambaState | None) -> ScanResult:
         """softplus of dt and its bias, the scan and the gate, if there is one yet.
 
         Steps, trajectory and read-out before the gate exist only when somebody listens to them.
         """
         dtype, mask = torch.promote_types(dt.dtype, torch.float32), run.mask
         A = -torch.exp(self.A_log.to(dtype))
-        arguments = dict(A=A, B=B, C=C, D=self.D, initial_state=initial_state, mask=mask)
+        arguments = dict(A=A, B=B, C=C, D=self.D, initial_state=None if memory is None else memory.ssm, mask=mask)
         if run.packing is not None:
-            arguments["cu_seqlens"] = run.packing.bounds
+            arguments.update(cu_seqlens=run.packing.bounds, initial_rows=memory.ssm_rows)
         trajectory = self.hook_ssm_write.heard or self.hook_ssm_state.heard or self.hook_ssm_read.heard
         open_y = self.hook_y.heard or self.hook_ssm_read.heard
         if not open_y:

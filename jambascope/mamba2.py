@@ -70,14 +70,13 @@ class Mamba2Mixer(nn.Module):
         projected = self.hook_in_proj(self.in_proj(hidden))
         gate = self.hook_gate(projected[..., :E])
         xBC, dt = projected[..., E:-H], projected[..., -H:]
-        past = None if memory is None else memory.conv
-        xBC, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, xBC, run, past)
+        xBC, new_conv = convolve(self.conv1d, self.hook_conv, self.hook_conv_state, xBC, run, memory)
         x = self.hook_x(xBC[..., :E])
         B = self.hook_B(xBC[..., E : E + G * N].unflatten(-1, (G, N)))
         C = self.hook_C(xBC[..., E + G * N :].unflatten(-1, (G, N)))
         dt = self._step_size(dt, run.mask)
 
-        scan = self._scan(x, dt, B, C, run, None if memory is None else memory.ssm)
+        scan = self._scan(x, dt, B, C, run, memory)
         if memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state.flatten(1, 2)))
         y = self.hook_y(scan.y.flatten(2))
@@ -91,12 +90,13 @@ class Mamba2Mixer(nn.Module):
             dt = dt.clamp(*self.dt_limit)
         return self.hook_dt(dt if mask is None else dt.masked_fill(~mask[..., None], 0.0))
 
-    def _scan(self, x, dt, B, C, run: Run, initial_state) -> SSDResult:
+    def _scan(self, x, dt, B, C, run: Run, memory: MambaState | None) -> SSDResult:
         """SSD; the trajectory of states exists only when somebody listens to it."""
         P = self.d_inner // self.n_heads
         x = x.unflatten(-1, (self.n_heads, P))
-        if initial_state is not None:
-            initial_state = initial_state.unflatten(1, (self.n_heads, P))
+        if run.packing is not None:
+            memory = memory.gathered()
+        initial_state = None if memory is None else memory.ssm.unflatten(1, (self.n_heads, P))
         A = -torch.exp(self.A_log.to(dt.dtype))
         arguments = dict(initial_state=initial_state, mask=run.mask, chunk_size=self.chunk_size)
         if run.packing is not None:

@@ -15,7 +15,7 @@ from jambascope.hook_point import HookPoint, indices_in, widened
 from jambascope.kernels.activations import silu
 from jambascope.kernels.causal_conv import causal_conv1d, causal_conv1d_step, next_past
 from jambascope.kernels.selective_scan import StateEdits
-from jambascope.state import Run
+from jambascope.state import MambaState, Run
 
 Result = TypeVar("Result")
 
@@ -26,17 +26,19 @@ def convolve(
     hook_state: HookPoint,
     x: torch.Tensor,
     run: Run,
-    past: torch.Tensor | None,
+    memory: MambaState | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SiLU of the causal convolution over a row's tokens, as if its padding were not there; and the new past (of packed
-    rows, whose hooks nobody listens to, the old one).
+    rows, whose hooks nobody listens to, none).
 
     ``hook`` sees the convolution before SiLU, ``hook_state`` the last inputs held after each position.
-    x [B T E], past [B d_conv-1 E].
+    x [B T E].
     """
     weight, bias, mask = conv1d.weight[:, 0], conv1d.bias, run.mask
+    past = None if memory is None else memory.conv
     if run.packing is not None:
-        return causal_conv1d(x, weight, bias, past, silu=True, cu_seqlens=run.packing.bounds), past
+        cut = dict(cu_seqlens=run.packing.bounds, past_rows=memory.conv_rows)
+        return causal_conv1d(x, weight, bias, past, silu=True, **cut), past[:0]
     silu_apart = hook.heard or hook_state.heard
     if past is not None and mask is None and x.shape[1] == 1:
         out, new_past = causal_conv1d_step(x[:, 0], weight, bias, past, silu=not silu_apart)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from jambascope.config import JambaConfig
 from jambascope.devices import index_tensor
 from jambascope.errors import InputError
+from jambascope.kernels.packed import picked
 from jambascope.packing import Packing
 
 
@@ -64,6 +66,18 @@ class MambaState:
             torch.zeros(batch, config.d_conv - 1, config.conv_width(mixer), device=device, dtype=dtype),
             torch.zeros(batch, config.d_inner, config.d_state, device=device, dtype=wide),
         )
+
+
+@dataclass
+class PickedMambaState(MambaState):
+    """The memory of packed rows among the entries of a larger one; -1 for a row that has seen nothing."""
+
+    conv_rows: np.ndarray
+    ssm_rows: np.ndarray
+
+    def gathered(self) -> MambaState:
+        """That of each row by itself."""
+        return MambaState(picked(self.conv, self.conv_rows), picked(self.ssm, self.ssm_rows))
 
 
 @dataclass

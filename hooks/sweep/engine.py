@@ -25,7 +25,7 @@ from jambascope.hooks.sweep.patches import changed_stream, patch_hooks
 from jambascope.hooks.sweep.recorded import Base, Recording
 from jambascope.hooks.sweep.rows import Row, Together, by_target
 from jambascope.packing import Packing
-from jambascope.state import InferenceState, Run
+from jambascope.state import InferenceState, PickedMambaState, Run
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -128,11 +128,10 @@ class Engine:
         in_begun, later = index_tensor(in_begun, device), index_tensor(np.flatnonzero(later), device)
 
         x = self._patched_stream(layer, together)
-        state = InferenceState([base.memory(model, layer, together.pairs, packing.starts)] * model.config.n_layers)
+        state = InferenceState([base.memory(model, layer, together.pair_of, packing.starts)] * model.config.n_layers)
         run = Run(1, len(in_begun), device, None, state, packing=begun)
         mixed = block.mix(x.index_select(1, in_begun), run)
-        sequences = [row.pair for row in together.rows]
-        added = block.mixer.carry_on(run.mamba_state(layer).ssm, sequences, ends, inputs)
+        added = block.mixer.carry_on(run.mamba_state(layer).ssm, together.pair_of, ends, inputs)
         return x.index_copy_(1, in_begun, mixed).index_add_(1, later, added)
 
     def _mix(
@@ -140,7 +139,7 @@ class Engine:
     ) -> Float[torch.Tensor, "1 token d_model"]:
         """The first half of a layer; where only the tokens ``reads`` are wanted of what leaves it, those."""
         model, packing = self.model, together.packing
-        memory = self.base.memory(model, layer, together.pairs, packing.starts)
+        memory = self.base.memory(model, layer, together.pair_of, packing.starts)
         state = InferenceState([memory] * model.config.n_layers)
         run = Run(1, x.shape[1], x.device, None, state, packing=packing)
         return model.blocks[layer].mix(x, run, reads)
@@ -175,7 +174,9 @@ class Engine:
         x = self.base.stream(layer)[:, start:].index_select(0, together.pairs)
         state = None
         if start:
-            memory = self.base.memory(model, layer, together.pairs, np.full(len(rows), start))
+            memory = self.base.memory(model, layer, together.pair_of, np.full(len(rows), start))
+            if isinstance(memory, PickedMambaState):
+                memory = memory.gathered()
             state = InferenceState([memory] * model.config.n_layers, start)
         model._clock.start, model._clock.length = start, x.shape[1]
         hooks = patch_hooks(model, self.base, self.source, self.targets[target], rows)

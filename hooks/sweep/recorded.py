@@ -20,7 +20,7 @@ from jambascope.devices import index_tensor
 from jambascope.hook_point import At, HookPoint
 from jambascope.hooks.sweep.nodes import CONV_STATE, STATE
 from jambascope.kernels.selective_scan.shared import Inputs
-from jambascope.state import InferenceState, KeyValueState, MambaState
+from jambascope.state import InferenceState, KeyValueState, MambaState, PickedMambaState
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -148,6 +148,10 @@ class Base:
             wanted[name] = sorted(before.union(wanted.get(name, ())))
         state = model.new_state(n + sum(len(other.tokens) for other in others))
         (recording, logits), *found = record(model, Prompts(tokens, wanted), *others, reads=reads, state=state)
+        for name in recording.values:
+            if name.endswith(STATE):  # as a scan reads it: [A T N E]
+                by_time = recording.values[name].permute(0, 2, 3, 1).contiguous()
+                recording.values[name] = by_time.permute(0, 3, 1, 2)
         keys = {i: held for i, held in enumerate(state.layers) if i in layers and isinstance(held, KeyValueState)}
         keys = {i: KeyValueState(held.keys[:n].clone(), held.values[:n].clone()) for i, held in keys.items()}
         return cls(recording, logits, length, starts, keys), found
@@ -171,36 +175,32 @@ class Base:
         return Inputs(*(self.recording.values[name] for name in names))
 
     def memory(
-        self, model: HookedJamba, layer: int, prompts: Int[torch.Tensor, " row"], starts: np.ndarray
-    ) -> KeyValueState | MambaState:
-        """What a layer remembers when each row of a prompt begins at one of ``starts``; its own to write into.
+        self, model: HookedJamba, layer: int, prompts: np.ndarray, starts: np.ndarray
+    ) -> KeyValueState | PickedMambaState:
+        """What a layer remembers when each row, of one of the prompts, begins at one of ``starts``.
 
-        Keys and values are those of all positions.
+        Keys and values are those of all positions, and the caller's to write into.
         """
         if layer in self.keys:
-            held = self.keys[layer]
-            return KeyValueState(*(m[:, : self.length].index_select(0, prompts) for m in (held.keys, held.values)))
+            rows, held = index_tensor(prompts, model.device), self.keys[layer]
+            return KeyValueState(*(m[:, : self.length].index_select(0, rows) for m in (held.keys, held.values)))
         mixer = model.config.mixers[layer]
+        nothing, none = MambaState.create(model.config, mixer, 1, model.device, model.dtype), np.full(len(starts), -1)
         if not starts.any():
-            return MambaState.create(model.config, mixer, len(prompts), model.device, model.dtype)
-        conv = torch.empty(len(prompts), 0, model.config.conv_width(mixer), dtype=model.dtype, device=model.device)
-        if model.config.d_conv > 1:
-            conv = self._before(f"blocks.{layer}.{CONV_STATE}", prompts, starts)
-        return MambaState(conv, self._before(f"blocks.{layer}.{STATE}", prompts, starts))
+            return PickedMambaState(nothing.conv, nothing.ssm, none, none)
+        ssm, ssm_rows = self._entries(f"blocks.{layer}.{STATE}", prompts, starts)
+        if model.config.d_conv == 1:
+            return PickedMambaState(nothing.conv, ssm, none, ssm_rows)
+        conv, conv_rows = self._entries(f"blocks.{layer}.{CONV_STATE}", prompts, starts)
+        return PickedMambaState(conv, ssm, conv_rows, ssm_rows)
 
-    def _before(self, name: str, prompts: Int[torch.Tensor, " row"], starts: np.ndarray) -> torch.Tensor:
-        """What a Mamba layer held before each row: [R ...], zeros at the first position."""
-        value, any_held = self.recording.values[name], self.recording.positions[name][0]
-        fresh = np.flatnonzero(starts == 0)
-        places = self.recording.places(name, np.where(starts == 0, any_held, starts - 1))
-        at = prompts, index_tensor(places, value.device)
-        if name.endswith(STATE):  # [A E T N], whose memory is [A T N E]
-            found = value.permute(0, 2, 3, 1)[at].mT
-        else:
-            found = value[at]
-        if fresh.size:
-            found[index_tensor(fresh, value.device)] = 0
-        return found
+    def _entries(self, name: str, prompts: np.ndarray, starts: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """What a Mamba layer held after all positions that are kept, [A x T ...], and which of it before each row."""
+        value = self.recording.values[name]
+        if name.endswith(STATE):  # [A E T N], in memory [A T N E]
+            value = value.transpose(1, 2)
+        rows = prompts * value.shape[1] + self.recording.places(name, np.maximum(starts - 1, 0))
+        return value.flatten(0, 1), np.where(starts > 0, rows, -1)
 
 
 def base_points(length: int, layers: range, further: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from jambascope.hooks.sweep.recorded import Base
 from jambascope.packing import Packing
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A cell of a prompt pair: what one row of a batch is patched with."""
 
     pair: int
@@ -71,7 +71,8 @@ class Together:
     def __init__(self, rows: Sequence[Row], base: Base, device: torch.device) -> None:
         self.rows, self.base, self.device = rows, base, device
         self.packing = Packing([base.start_of(row.positions[0]) for row in rows], base.length, device)
-        self.pairs = index_tensor([row.pair for row in rows], device)
+        self.pair_of = np.array([row.pair for row in rows])
+        self.pairs = index_tensor(self.pair_of, device)
 
     def stream(self, layer: int, packing: Packing | None = None) -> Float[torch.Tensor, "1 token d_model"]:
         """What enters a layer in the base run, at all tokens or at those of another packing of the same rows; after the

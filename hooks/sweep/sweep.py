@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -195,7 +194,7 @@ def _by_pair(rows: Iterable[Row]) -> dict[int, list[Row]]:
 
 def _shifted(row: Row, first: int) -> Row:
     """A row among those of pairs from ``first`` on."""
-    return replace(row, pair=row.pair - first, source=row.source - first) if first else row
+    return row._replace(pair=row.pair - first, source=row.source - first) if first else row
 
 
 def _label(positions: tuple[int, ...]) -> int | str:

@@ -39,6 +39,32 @@ def refuse_packed(**options: object) -> None:
             raise InputError(f"{name} goes with rows of one length; leave out cu_seqlens, or {name}")
 
 
+def checked_rows(
+    name: str, rows: Sequence[int] | None, held: torch.Tensor | None, bounds: np.ndarray
+) -> np.ndarray | None:
+    """Which entry of ``held`` each packed row begins with, as int64.
+
+    Raises:
+        InputError: not one of those for each row.
+    """
+    if rows is None:
+        return None
+    found, count = np.asarray(rows), 0 if held is None else len(held)
+    whole = found.shape == (len(bounds) - 1,) and np.issubdtype(found.dtype, np.integer)
+    if not whole or found.min() < -1 or found.max() >= count:
+        raise InputError(
+            f"{name} must be one of 0..{count - 1}, or -1, for each of {len(bounds) - 1} rows, not {str(rows)[:60]}"
+        )
+    return found.astype(np.int64, copy=False)
+
+
+def picked(held: Float[torch.Tensor, "entry ..."], rows: np.ndarray) -> Float[torch.Tensor, "row ..."]:
+    """The entry of each row; zeros for -1."""
+    found = held.index_select(0, index_tensor(np.maximum(rows, 0), held.device))
+    none = np.flatnonzero(rows < 0)
+    return found.index_fill(0, index_tensor(none, held.device), 0) if none.size else found
+
+
 def side_by_side(x: Float[torch.Tensor, "1 pos ..."], bounds: np.ndarray) -> Float[torch.Tensor, "row longest ..."]:
     """Each row from the first position on, zeros after its last."""
     longest = int(np.diff(bounds).max())

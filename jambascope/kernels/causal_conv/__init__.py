@@ -16,7 +16,14 @@ from jaxtyping import Bool, Float
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels.causal_conv import cpu, reference, triton
 from jambascope.kernels.causal_conv.interface import neighbours, next_past
-from jambascope.kernels.packed import checked_bounds, one_behind_the_other, refuse_packed, side_by_side
+from jambascope.kernels.packed import (
+    checked_bounds,
+    checked_rows,
+    one_behind_the_other,
+    picked,
+    refuse_packed,
+    side_by_side,
+)
 from jambascope.kernels.plain import is_plain, wants_gradient
 from jambascope.kernels.triton_runtime import can_launch
 
@@ -37,6 +44,7 @@ def causal_conv1d(
     mask: Bool[torch.Tensor, "batch pos"] | None = None,
     resets: Bool[torch.Tensor, "batch pos"] | None = None,
     cu_seqlens: Sequence[int] | None = None,
+    past_rows: Sequence[int] | None = None,
     backend: Backend = "auto",
 ) -> Float[torch.Tensor, "batch pos d_inner"]:
     """``out_t = bias + sum_k weight[:, k] * in_{t - (d_conv - 1) + k}``, with ``past`` (or zeros) before position 0.
@@ -53,6 +61,7 @@ def causal_conv1d(
             seen from there on.
         cu_seqlens: ascending from 0 to T: where rows of different lengths, packed one behind the other into x [1 T E],
             begin and end. ``past`` is then [row d_conv-1 E]; without mask and resets.
+        past_rows: of packed rows, which of any number of pasts each meets; -1 for zeros.
         backend: ``"auto"`` takes ``cpu`` on a CPU and ``triton`` on a GPU that has it, for float32, bfloat16 and
             float16, else ``reference``.
 
@@ -61,13 +70,16 @@ def causal_conv1d(
         InputError: shapes that do not fit, or a mask or resets that are not bool.
     """
     bounds = None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
-    _check_shapes(x, "[B T E]", weight, bias, past, mask, resets, bounds)
+    _check_shapes(x, "[B T E]", weight, bias, past, mask, resets, bounds, past_rows)
     chosen = _chosen(backend, x, weight)
     if bounds is None:
         return chosen.causal_conv1d(x, weight, bias, past, silu, neighbours(mask, resets, weight.shape[1]))
     refuse_packed(mask=mask, resets=resets)
+    past_rows = checked_rows("past_rows", past_rows, past, bounds)
     if chosen is cpu and not wants_gradient(x, weight, bias, past):
-        return cpu.causal_conv1d(x, weight, bias, past, silu, None, bounds)
+        return cpu.causal_conv1d(x, weight, bias, past, silu, None, bounds, past_rows)
+    if past_rows is not None:
+        past = picked(past, past_rows)
     out = chosen.causal_conv1d(side_by_side(x, bounds), weight, bias, past, silu, None)
     return one_behind_the_other(out, bounds)
 
@@ -113,16 +125,19 @@ def _chosen(backend: str, x: torch.Tensor, weight: torch.Tensor):
     return _BACKENDS[backend]
 
 
-def _check_shapes(x, axes, weight, bias, past, mask=None, resets=None, bounds=None) -> None:
+def _check_shapes(x, axes, weight, bias, past, mask=None, resets=None, bounds=None, past_rows=None) -> None:
     if x.ndim != axes.count(" ") + 1 or weight.ndim != 2 or 0 in weight.shape:
         raise InputError(f"x and weight have shapes {tuple(x.shape)} and {tuple(weight.shape)}; give {axes} and [E K]")
     positions, channels, width = x.shape[:-1], x.shape[-1], weight.shape[1]
+    rows = x.shape[0] if bounds is None else len(bounds) - 1
+    if past_rows is not None and past is not None:
+        rows = len(past)
     if 0 in positions[1:]:
         raise InputError("x has no positions (shape [B 0 E]); a convolution needs at least one")
     expected = (
         ("weight", weight, (channels, width)),
         ("bias", bias, (channels,)),
-        ("past", past, (x.shape[0] if bounds is None else len(bounds) - 1, width - 1, channels)),
+        ("past", past, (rows, width - 1, channels)),
         ("mask", mask, positions),
         ("resets", resets, positions),
     )

@@ -24,6 +24,7 @@ def causal_conv1d(
     silu: bool,
     tables: Neighbours | None,
     bounds: np.ndarray | None = None,
+    past_rows: np.ndarray | None = None,
 ) -> torch.Tensor:
     """See :func:`jambascope.kernels.causal_conv.causal_conv1d`. Arithmetic in float32.
 
@@ -33,7 +34,7 @@ def causal_conv1d(
     if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
         out = _Conv.apply(*tensors, silu, tables)
     else:
-        out = _forward(*tensors, silu, tables, bounds)
+        out = _forward(*tensors, silu, tables, bounds, past_rows)
     return out if out.shape == x.shape and out.dtype == x.dtype else out[..., : x.shape[2]].to(x.dtype)
 
 
@@ -86,7 +87,7 @@ def _addresses(x, weight, bias, past) -> tuple[int, ...]:
 
 
 def _forward(
-    x, weight, bias, past, silu: bool, tables: Neighbours | None, bounds: np.ndarray | None = None
+    x, weight, bias, past, silu: bool, tables: Neighbours | None, bounds: np.ndarray | None = None, past_rows=None
 ) -> torch.Tensor:
     from jambascope.kernels.causal_conv import cpu_kernels as k
 
@@ -98,9 +99,10 @@ def _forward(
     if bounds is None:
         bounds, chunks = np.arange(batch + 1) * length, -(-length // k.CHUNK)
     rows = len(bounds) - 1
+    of_rows = bounds.ctypes.data, 0 if past_rows is None else past_rows.ctypes.data
     run_loop(
         k.FORWARD[weight.shape[1]], rows * chunks,
-        rows, length, chunks, channels, x_row, silu, bounds.ctypes.data, x_at, *rest, source, out.data_ptr(),
+        rows, length, chunks, channels, x_row, silu, *of_rows, x_at, *rest, source, out.data_ptr(),
         serial=out.numel() < SERIAL_BELOW,
     )  # fmt: skip
     return out

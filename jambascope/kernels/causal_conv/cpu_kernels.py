@@ -27,8 +27,10 @@ CHUNK = 32
 
 @njit(inline="always")
 def _input(x, x_row, begin, past, b, j, e, E, K):
-    """Input ``j`` of row ``b``, whose first position is ``begin`` of the flat ones."""
+    """Input ``j`` of a row whose first position is ``begin`` of the flat ones, and whose past is ``b``; -1 is none."""
     if j < K - 1:
+        if b < 0:
+            return splat(np.float32(0.0))
         return load(past, (b * (K - 1) + j) * E + e)
     return load(x, (begin + j - (K - 1)) * x_row + e)
 
@@ -55,13 +57,13 @@ def _window_before(x, x_row, begin, past, b, first, e, E, source, taps):
 
 
 @njit(inline="always")
-def _window_at(window, x, x_row, begin, past, b, t, e, E, source, taps):
+def _window_at(window, x, x_row, begin, past, b, before, t, e, E, source, taps):
     K = len(taps)
     if source.size == 0:
         return window[1:] + (load(x, (begin + t) * x_row + e),)
     for k in range(K):
         j = source[b, t, k]
-        tap = _input(x, x_row, begin, past, b, j, e, E, K) if j >= 0 else splat(np.float32(0.0))
+        tap = _input(x, x_row, begin, past, before, j, e, E, K) if j >= 0 else splat(np.float32(0.0))
         window = tuple_setitem(window, k, tap)
     return window
 
@@ -74,14 +76,16 @@ def _dot(weights, window, sums):
 
 
 @njit
-def _forward(start, stop, rows, longest, chunks, E, x_row, silu, bounds, x, past, weight, bias, table, out, taps):
+def _forward(
+    start, stop, rows, longest, chunks, E, x_row, silu, bounds, past_rows, x, past, weight, bias, table, out, taps
+):
     """Work items ``start..stop``. weight [E K]; bias [E]; past [B K-1 E]; ``table`` is ``source``, or 0; out [B T E].
     E at least LANES: the last block overlaps its neighbour.
 
     Row b has the positions from bounds[b] to bounds[b + 1] (int64) of the flat ones. A row is that many ``chunks``,
-    work items; with 1, whatever its length is.
+    work items; with 1, whatever its length is. past_rows (int64), or 0: which past is that of row b, -1 for none.
     """
-    bound = carray(address(bounds), (1,), np.int64)
+    bound, past_of = carray(address(bounds), (1,), np.int64), carray(address(past_rows), (1,), np.int64)
     source = carray(address(table), (rows if table else 0, longest, len(taps)), np.int32)
     K = len(taps)
     zero = splat(np.float32(0.0))
@@ -89,17 +93,18 @@ def _forward(start, stop, rows, longest, chunks, E, x_row, silu, bounds, x, past
         b, chunk = item // chunks, item % chunks
         begin = read(bound, b)
         T = read(bound, b + 1) - begin
+        before = read(past_of, b) if past_rows else b
         for first in range(chunk * CHUNK, T if chunks == 1 else min((chunk + 1) * CHUNK, T), CHUNK):
             for block in range(-(-E // LANES)):
                 e = min(block * LANES, E - LANES)
                 weights = _weights(weight, e, taps)
                 offset = load(bias, e)
-                window = _window_before(x, x_row, begin, past, b, first, e, E, source, taps)
+                window = _window_before(x, x_row, begin, past, before, first, e, E, source, taps)
                 for t in range(first, min(first + CHUNK, T)):
                     if source.size and source[b, t, K - 1] < 0:
                         store(out, (begin + t) * E + e, zero)
                         continue
-                    window = _window_at(window, x, x_row, begin, past, b, t, e, E, source, taps)
+                    window = _window_at(window, x, x_row, begin, past, b, before, t, e, E, source, taps)
                     v = _dot(weights, window, offset)
                     if silu:
                         v = v * sigmoid(v)
@@ -109,7 +114,7 @@ def _forward(start, stop, rows, longest, chunks, E, x_row, silu, bounds, x, past
 def _forward_of(taps: tuple[int, ...]) -> NativeTask:
     @NativeTask
     def forward(call):
-        given = numbers(call, 13)
+        given = numbers(call, 14)
         start, stop = next_items(call)
         while start < stop:
             _forward(start, stop, *given, taps)
@@ -214,7 +219,7 @@ def backward_weights(
                 if source[b, t, K - 1] < 0:
                     store(through, (b * T + t) * E + e, zero)
                     continue
-                window = _window_at(window, x, x_row, begin, past, b, t, e, E, source, taps)
+                window = _window_at(window, x, x_row, begin, past, b, b, t, e, E, source, taps)
                 g = _before_silu(load(dout, (b * T + t) * E + e), weights, window, offset, silu)
                 store(through, (b * T + t) * E + e, g)
                 sum_bias = sum_bias + g

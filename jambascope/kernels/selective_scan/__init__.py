@@ -19,7 +19,14 @@ from jaxtyping import Bool, Float
 from jambascope.devices import index_tensor
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels import triton_runtime
-from jambascope.kernels.packed import checked_bounds, one_behind_the_other, refuse_packed, side_by_side
+from jambascope.kernels.packed import (
+    checked_bounds,
+    checked_rows,
+    one_behind_the_other,
+    picked,
+    refuse_packed,
+    side_by_side,
+)
 from jambascope.kernels.plain import is_plain, wants_gradient
 from jambascope.kernels.selective_scan.interface import (
     Options,
@@ -53,6 +60,7 @@ def selective_scan(
     capture_channels: Sequence[int] | None = None,
     edits: StateEdits | None = None,
     cu_seqlens: Sequence[int] | None = None,
+    initial_rows: Sequence[int] | None = None,
     backend: Backend = "auto",
 ) -> ScanResult:
     """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``;  ``y_t = C_t h_t + D x_t``, times ``SiLU(gate_t)`` if given.
@@ -71,6 +79,7 @@ def selective_scan(
         edits: affine edits of the state; what they set flows on into later positions.
         cu_seqlens: ascending from 0 to T: where rows of different lengths, packed one behind the other into x [1 T E],
             begin and end. The initial and final states are then [row E N]; without mask, resets, captures and edits.
+        initial_rows: of packed rows, which of any number of initial states each begins with; -1 for zeros.
         backend: ``"auto"`` takes ``triton`` on a GPU where it is installed, ``cpu`` for float32, bfloat16 and float16
             on a CPU, else ``reference``.
 
@@ -83,7 +92,7 @@ def selective_scan(
         InputError: shapes that do not fit, or positions or channels out of range, unsorted or repeated.
     """
     bounds = None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
-    _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds)
+    _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds, initial_rows)
     length, d_inner = x.shape[1:]
     if capture is not None:
         capture = checked_indices(capture, length, "capture", "positions")
@@ -100,15 +109,18 @@ def selective_scan(
     if bounds is None:
         return scan(x, dt, A, B, C, D, options)
     refuse_packed(mask=mask, resets=resets, capture=capture, edits=edits)
-    return _packed_scan(scan, x, dt, A, B, C, D, options, bounds)
+    rows = checked_rows("initial_rows", initial_rows, initial_state, bounds)
+    return _packed_scan(scan, x, dt, A, B, C, D, options, bounds, rows)
 
 
-def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray) -> ScanResult:
+def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds, initial_rows) -> ScanResult:
     """Rows of different lengths: by the loops themselves, or side by side, where what follows a row does not reach its
     outputs and leaves its state as it was."""
     tensors = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state)
     if scan.__module__ == f"{__name__}.cpu" and not wants_gradient(*tensors):
-        return scan(x, dt, A, B, C, D, options, bounds)
+        return scan(x, dt, A, B, C, D, options, bounds, initial_rows)
+    if initial_rows is not None:
+        options = options._replace(initial_state=picked(options.initial_state, initial_rows))
     x, dt, B, C = (side_by_side(v, bounds) for v in (x, dt, B, C))
     gate = None if options.gate is None else side_by_side(options.gate, bounds)
     lengths = index_tensor(np.diff(bounds), x.device)[:, None]
@@ -137,12 +149,15 @@ def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
     return import_module(f"jambascope.kernels.selective_scan.{name}").selective_scan
 
 
-def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds) -> None:
+def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds, initial_rows) -> None:
     if x.ndim != 3 or A.ndim != 2 or not x.is_floating_point():
         raise InputError(
             f"x and A are {x.dtype} {tuple(x.shape)} and {tuple(A.shape)}; give floating-point [B T E] and [E N]"
         )
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
+    rows = batch if bounds is None else len(bounds) - 1
+    if initial_rows is not None and initial_state is not None:
+        rows = len(initial_state)
     if length == 0:
         raise InputError("x has no positions (shape [B 0 E]); a scan needs at least one")
     if 0 in (batch, d_inner, d_state):
@@ -155,7 +170,7 @@ def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets,
         "D": (D, (d_inner,)),
         "gate": (gate, (batch, length, d_inner)),
         "dt_bias": (dt_bias, (d_inner,)),
-        "initial_state": (initial_state, (batch if bounds is None else len(bounds) - 1, d_inner, d_state)),
+        "initial_state": (initial_state, (rows, d_inner, d_state)),
         "mask": (mask, (batch, length)),
         "resets": (resets, (batch, length)),
     }

@@ -55,6 +55,7 @@ def selective_scan(
     D: torch.Tensor | None,
     options: Options,
     bounds: np.ndarray | None = None,
+    initial_rows: np.ndarray | None = None,
 ) -> ScanResult:
     """See :func:`jambascope.kernels.selective_scan.selective_scan`. Arithmetic and states in float32.
 
@@ -75,7 +76,7 @@ def selective_scan(
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
         y, final, captured = _Scan.apply(*inputs, plan)
     else:
-        (y, final, captured), _ = _scan(*inputs, plan, keep=False, bounds=bounds)
+        (y, final, captured), _ = _scan(*inputs, plan, keep=False, bounds=bounds, h0_rows=initial_rows)
     # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
     captured = None if options.capture is None else captured.permute(0, 3, 1, 2)
     if pad:
@@ -156,7 +157,7 @@ def _chunk_length(d_state: int) -> int:
     return max(8, min(64, 512 // d_state))
 
 
-def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep: bool, bounds=None):
+def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep: bool, bounds=None, h0_rows=None):
     """Results (y, final, captured [B slot N channel]) and, with ``keep``, what the backward needs."""
     from jambascope.kernels.selective_scan import cpu_kernels as k
 
@@ -184,7 +185,7 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     run_loop(
         k.forward, batch * d_inner // k.LANES,
         length, d_inner, d_state, given.edits_count, positions, channels, chunk, plan.dt_softplus, gate_row,
-        bounds.ctypes.data, *map(_address, given.tensors), _address(gate), _address(given.dt_bias),
+        bounds.ctypes.data, 0 if h0_rows is None else h0_rows.ctypes.data, *map(_address, given.tensors), _address(gate), _address(given.dt_bias),
         _address_of(plan.marks), _address_of(plan.edit_slot), *map(_address, given.edits),
         _address_of(plan.capture_slot), _address_of(plan.channel_slot),
         *map(_address, (start_state, y, final, captured, checkpoints)),

@@ -47,7 +47,7 @@ LN2 = np.float32(0.6931471805599453)
 
 @NativeTask
 def forward(call):
-    given = numbers(call, 29)
+    given = numbers(call, 30)
     start, stop = next_items(call)
     while start < stop:
         _forward(start, stop, *given)
@@ -68,6 +68,7 @@ def _forward(
     dt_softplus,
     gate_row,
     bounds,
+    h0_rows,
     x,
     dt,
     A,
@@ -95,11 +96,12 @@ def _forward(
     channel slot]; checkpoints [B ceil(T/chunk) N E]: the state before each chunk; marks [B T] uint8 (RESET, PADDING);
     edit_slot, capture_slot [T] and channel_slot [E] int32 (-1: none). Row b has the positions from bounds[b] to
     bounds[b + 1] of the flat ones (int64); where rows differ in length there are no marks, edits, captures or
-    checkpoints.
+    checkpoints. h0_rows (int64), or 0: which of h0 is that of row b, -1 for zeros.
     """
     bound, mark_of = carray(address(bounds), (1,), np.int64), carray(address(marks), (1,), np.uint8)
     edit_at, capture_at = carray(address(edit_slot), (1,), np.int32), carray(address(capture_slot), (1,), np.int32)
     channel_at = carray(address(channel_slot), (E,), np.int32)
+    h0_of = carray(address(h0_rows), (1,), np.int64)
     blocks, chunks = E // LANES, (T + chunk - 1) // chunk
     a = aligned(N * LANES)
     h = aligned(N * LANES)
@@ -107,8 +109,9 @@ def _forward(
         b = item // blocks
         e0 = (item % blocks) * LANES
         _copy(A, e0, E, a, 0, LANES, N)
-        if h0:
-            _copy(h0, b * N * E + e0, E, h, 0, LANES, N)
+        before = read(h0_of, b) if h0_rows else b
+        if h0 and before >= 0:
+            _copy(h0, before * N * E + e0, E, h, 0, LANES, N)
         else:
             h[:] = ZERO
         bias = load(dt_bias, e0) if dt_bias else splat(ZERO)
