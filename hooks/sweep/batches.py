@@ -47,8 +47,8 @@ def _batches(engine: Engine, rows: Sequence[Row], most: int) -> Iterator[list[Ro
     """At most so many rows, and tokens, together."""
     batch: list[Row] = []
     room = tokens = tokens_at_once(engine.model)
-    for row in rows:
-        length = engine.base.length - engine.base.start_of(row.positions[0])
+    lengths = engine.base.length - engine.base.starts_of([row.positions[0] for row in rows])
+    for row, length in zip(rows, lengths, strict=True):
         if batch and (length > room or len(batch) == most):
             yield batch
             batch, room = [], tokens

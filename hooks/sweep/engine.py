@@ -30,7 +30,7 @@ from jambascope.state import InferenceState, PickedMambaState, Run
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
-TOKENS_AT_ONCE = {"cpu": 4096}
+TOKENS_AT_ONCE = {"cpu": 6144}
 """Tokens of a batch, by device."""
 MOST_TOKENS = 1 << 16
 """On other devices."""

@@ -7,7 +7,6 @@ remembers, R row (one cell of one pair).
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -156,9 +155,9 @@ class Base:
         keys = {i: KeyValueState(held.keys[:n].clone(), held.values[:n].clone()) for i, held in keys.items()}
         return cls(recording, logits, length, starts, keys), found
 
-    def start_of(self, position: int) -> int:
-        """Where rows start that are first patched at a position."""
-        return self.starts[bisect_right(self.starts, position) - 1]
+    def starts_of(self, positions: Sequence[int]) -> np.ndarray:
+        """Where rows start that are first patched at these positions."""
+        return np.asarray(self.starts)[np.searchsorted(self.starts, positions, side="right") - 1]
 
     def stream(self, layer: int) -> Float[torch.Tensor, "prompt pos d_model"]:
         """What enters a layer; after the last layer what leaves it."""

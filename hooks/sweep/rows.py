@@ -70,15 +70,14 @@ class Together:
 
     def __init__(self, rows: Sequence[Row], base: Base, device: torch.device) -> None:
         self.rows, self.base, self.device = rows, base, device
-        self.packing = Packing([base.start_of(row.positions[0]) for row in rows], base.length, device)
+        self.packing = Packing(base.starts_of([row.positions[0] for row in rows]), base.length, device)
         self.pair_of = np.array([row.pair for row in rows])
         self.pairs = index_tensor(self.pair_of, device)
 
-    def stream(self, layer: int, packing: Packing | None = None) -> Float[torch.Tensor, "1 token d_model"]:
-        """What enters a layer in the base run, at all tokens or at those of another packing of the same rows; after the
-        last layer what leaves it."""
-        packing = packing or self.packing
-        return self.base.stream(layer)[self.pairs[packing.rows], packing.positions][None]
+    def stream(self, layer: int) -> Float[torch.Tensor, "1 token d_model"]:
+        """What enters a layer in the base run; after the last layer what leaves it."""
+        places = self.pair_of[self.packing.row_of] * self.base.length + self.packing.position_of
+        return self.base.stream(layer).flatten(0, 1).index_select(0, index_tensor(places, self.device))[None]
 
     def patched(self) -> tuple[Entries, Int[torch.Tensor, " entry"]]:
         """The patched positions one by one, and which tokens they are."""

@@ -2,8 +2,8 @@
 
 A work item is CHUNK positions of one batch row. It takes its channels LANES at a time and walks through its positions
 with the last inputs, the weights and the sums in registers; the chunk's rows meanwhile lie in cache. Arrays arrive as
-addresses (float32; contiguous but for ``x``, whose positions are ``x_row`` apart), ``taps`` as ``(0, 1, .. K - 1)``: its
-length is part of its type, so that a loop over it is unrolled.
+addresses (float32; contiguous but for ``x``, whose positions are ``x_row`` apart), ``taps`` as ``(0, 1, .. K - 1)``, by
+whose length, a part of its type, loops are unrolled.
 
 Inputs are numbered as in ``cat(past, x)``: ``source`` [B T K] says which of them tap k of an output meets, ``target``
 [B K-1+T K] which output met an input with tap k, -1 for none (``interface.neighbours``). Empty tables mean ``t + k``

@@ -18,7 +18,7 @@ import torch
 from jambascope.errors import InputError
 from jambascope.kernels.compiling import announce_first_compile
 from jambascope.kernels.experts.int8 import ExpertsInt8
-from jambascope.kernels.threads import CUTS_PER_THREAD, run_items, run_native
+from jambascope.kernels.threads import CUTS_PER_THREAD, run_items, run_loop, run_native
 
 ROWS = 128
 """Pairs to a task: enough that a product runs at full rate, few enough that its rows stay in L2."""
@@ -262,13 +262,9 @@ def _run_tasks(
 def _combine(block: _Block, slots: int, rows: torch.Tensor, out: torch.Tensor) -> None:
     from jambascope.kernels.experts import cpu_kernels as k
 
-    rows_array, out_array = _array(rows), _array(out)
-    announce_first_compile(k.combine)
-    run_items(
-        lambda start, stop: k.combine(start, stop, block.place, slots, rows_array, out_array),
-        len(out),
-        serial=rows.numel() < COMBINE_SERIAL_BELOW,
-    )
+    place, serial = block.place.ctypes.data, rows.numel() < COMBINE_SERIAL_BELOW
+    where = place, rows.data_ptr(), out.data_ptr()
+    run_loop(k.combine, len(out), _KINDS[out.dtype], slots, out.shape[1], *where, serial=serial)
 
 
 # -- backward ------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.native import address, next_items, numbers
 from jambascope.kernels.vector_math import FAST, sigmoid
 
 SUM = FAST | {"reassoc"}
@@ -91,9 +93,26 @@ def gather(order, slots, x, rows):
             rows[r, d] = narrow(widen(x[m, d]), rows[r, d])
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def combine(start, stop, place, slots, rows, out):
-    """out [M D] = the sum over slots of rows [P D], for tokens ``start..stop``; with one slot, rows put in order."""
+@NativeTask
+def combine(call):
+    """out [M D] = the sum over slots of rows [P D]; with one slot, rows put in order. ``kind`` is that of out."""
+    kind, slots, D, place, rows, out = numbers(call, 6)
+    # Arrays of no length in particular: nothing checks an index.
+    place_of, rows_of = carray(address(place), (1,), np.int64), carray(address(rows), (1, D), np.float32)
+    start, stop = next_items(call)
+    while start < stop:
+        if kind == 0:
+            _combine(start, stop, place_of, slots, rows_of, carray(address(out), (1, D), np.float32))
+        elif kind == 1:
+            _combine(start, stop, place_of, slots, rows_of, carray(address(out), (1, D), np.uint16))
+        else:
+            _combine(start, stop, place_of, slots, rows_of, carray(address(out), (1, D), np.int16))
+        start, stop = next_items(call)
+
+
+@njit(fastmath=FAST)
+def _combine(start, stop, place, slots, rows, out):
+    """Tokens ``start..stop``."""
     D = out.shape[1]
     total = np.empty(D, np.float32)
     for m in range(start, stop):

@@ -182,10 +182,11 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     captured = torch.empty(batch, positions, d_state, channels, **FLOAT32)
     checkpoints = torch.empty(batch, -(-length // chunk), d_state, d_inner, **FLOAT32) if keep else None
     start_state = solid(None if h0 is None else h0.mT)
+    of_rows = bounds.ctypes.data, 0 if h0_rows is None else h0_rows.ctypes.data
     run_loop(
         k.forward, batch * d_inner // k.LANES,
-        length, d_inner, d_state, given.edits_count, positions, channels, chunk, plan.dt_softplus, gate_row,
-        bounds.ctypes.data, 0 if h0_rows is None else h0_rows.ctypes.data, *map(_address, given.tensors), _address(gate), _address(given.dt_bias),
+        length, d_inner, d_state, given.edits_count, positions, channels, chunk, plan.dt_softplus, gate_row, *of_rows,
+        *map(_address, given.tensors), _address(gate), _address(given.dt_bias),
         _address_of(plan.marks), _address_of(plan.edit_slot), *map(_address, given.edits),
         _address_of(plan.capture_slot), _address_of(plan.channel_slot),
         *map(_address, (start_state, y, final, captured, checkpoints)),
