@@ -97,8 +97,10 @@ class Engine:
         """Of each target, whether its patch is of what enters the layer."""
 
     def order(self, row: Row) -> tuple:
-        """What rows are sorted by."""
-        return self.targets[row.target].layer, not self._entering[row.target], row.target, row.pair, row.positions
+        """What rows are sorted by: those that share a base run's scan stand together, and those that hooks patch at one
+        position."""
+        entering, where = self._entering[row.target], (row.pair, row.positions)
+        return self.targets[row.target].layer, not entering, row.target, *(where if entering else where[::-1])
 
     def _together(self, rows: Sequence[Row]) -> Together:
         return Together(rows, self.base, self.model.device)
@@ -159,7 +161,7 @@ class Engine:
         few = tokens_at_once(self.model) // 4
         for row, start in zip(together.rows, together.packing.starts, strict=True):
             full = groups and len(groups[-1]) * (self.base.length - begin) >= few
-            if not groups or start >= begin + NEAR or (full and start > before):
+            if not groups or not begin <= start < begin + NEAR or (full and start > before):
                 groups.append([])
                 begin = start
             groups[-1].append(row)

@@ -52,9 +52,8 @@ def checked_rows(
     found, count = np.asarray(rows), 0 if held is None else len(held)
     whole = found.shape == (len(bounds) - 1,) and np.issubdtype(found.dtype, np.integer)
     if not whole or found.min() < -1 or found.max() >= count:
-        raise InputError(
-            f"{name} must be one of 0..{count - 1}, or -1, for each of {len(bounds) - 1} rows, not {str(rows)[:60]}"
-        )
+        each = f"one of 0..{count - 1}, or -1, for each of {len(bounds) - 1} rows"
+        raise InputError(f"{name}={str(rows)[:60]} must be {each}")
     return found.astype(np.int64, copy=False)
 
 

@@ -12,6 +12,7 @@ import torch
 from jambascope.errors import InputError
 from jambascope.hooks.sweep import Metric, Node, knock_out_sweep, logit_difference, patch_sweep, path_patch, screen
 from jambascope.hooks.sweep.engine import Engine
+from jambascope.mamba import MambaMixer
 
 LENGTH, PAIRS = 6, 3
 TOKENS = torch.randint(3, 29, (2, PAIRS, LENGTH), generator=torch.Generator().manual_seed(3))
@@ -33,6 +34,9 @@ SWEEPS = {
         ["pattern", "mlp_out", Node("ssm_state", window=2, conv=True)],
         positions=[1, 4],
         **options,
+    ),
+    "streams": lambda model, **options: patch_sweep(
+        model, *TOKENS, METRICS, "resid_pre", positions=[0, 2, (1, 3), 4], **options
     ),
     "noise": lambda model, **options: patch_sweep(
         model, *TOKENS, METRICS, ["z", "expert_out"], positions=[(1, 2), 4, 5], direction="noise", **options
@@ -117,4 +121,16 @@ def test_the_budget_grows_with_pairs_only_by_their_logits(pairs, most, model_of_
     one = least(lambda *_, **options: swept(1, options["max_bytes"]), model)
     logits = 2 * 29 * 8
     found = swept(pairs, pairs * logits + most * (one - logits))
-    assert max(batches) == most and sum(batches) == 2 * pairs and found.complete
+    assert max(batches) == 2 * most and sum(batches) == 2 * pairs and found.complete  # both runs in one pass
+
+
+def test_what_scans_read_is_kept_where_there_is_memory_for_it(model_of_kind, monkeypatch):
+    model, sweep, carried = model_of_kind("hybrid"), SWEEPS["streams"], []
+    original = MambaMixer.carry_on
+    monkeypatch.setattr(MambaMixer, "carry_on", lambda *given: carried.append(1) or original(*given))
+    whole = sweep(model, progress=False)
+    assert carried
+    carried.clear()
+    little = sweep(model, progress=False, max_bytes=least(sweep, model))
+    assert not carried
+    np.testing.assert_allclose(little.values["resid_pre"], whole.values["resid_pre"], rtol=1e-9)
