@@ -7,6 +7,7 @@ computes comes on top and is gone with it (``engine.TOKENS_AT_ONCE``).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ from jambascope.hooks.sweep.rows import Row
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
+
+ENOUGH_ALIKE = 0.25
+"""Share of the tokens of the rows that enter a layer from which on it pays to keep what the base run's scan reads."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,17 @@ class Needs:
         """Those of the base run, besides what every row needs."""
         return _merged(self._of[i].base for i in group)
 
-    def mixing(self, group: Iterable[int]) -> list[str]:
-        """Hook points of the base run that rows of a group are computed from faster, where there is memory for them."""
-        entered = {self.targets[i].layer for i in group if enters(self.targets[i])}
-        return mixing_points(
-            sorted(entered.intersection(i for i, m in enumerate(self.model.config.mixers) if m == "mamba"))
-        )
+    def mixing(self, rows: Iterable[Row]) -> list[str]:
+        """Hook points of the base run that rows are computed from faster, where there is memory for them: of Mamba
+        layers that they enter and read like the base run soon after."""
+        config, length = self.model.config, self.question.length
+        whole, alike = Counter(), Counter()
+        for row in rows:
+            target = self.targets[row.target]
+            if enters(target) and config.mixers[target.layer] == "mamba":
+                whole[target.layer] += length - row.positions[0]
+                alike[target.layer] += max(0, length - config.d_conv - row.positions[-1])
+        return mixing_points(sorted(layer for layer in whole if alike[layer] >= ENOUGH_ALIKE * whole[layer]))
 
     def layers(self, group: Iterable[int]) -> range:
         """Those that rows pass through."""

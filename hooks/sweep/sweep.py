@@ -175,7 +175,7 @@ class Sweep(Running):
         """Both runs of some pairs, with what the rows need of them."""
         reads, needs = question.all_reads, self.needs
         starts, of_base = starts_of({row.positions[0] for row in rows}, room.states), needs.of_base(group)
-        everywhere = dict.fromkeys(needs.mixing(group), range(question.length))
+        everywhere = dict.fromkeys(needs.mixing(rows), range(question.length))
         if question.pairs * values_bytes(self.model, everywhere, question.length) <= room.left:
             of_base |= everywhere
         prompts = Prompts(question.source, needs.of_source(group))

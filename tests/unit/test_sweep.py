@@ -22,6 +22,7 @@ from jambascope.hooks.sweep import (
     kl_divergence,
     label_mass,
     logit_difference,
+    memory,
     patch_sweep,
     targets,
 )
@@ -34,6 +35,12 @@ from jambascope.kernels.selective_scan import cpu as scan
 
 LENGTH = 6
 DIFFERENCE = logit_difference(5, [6, 7])
+
+
+@pytest.fixture(autouse=True)
+def carried_on_wherever_it_can_be(monkeypatch):
+    """Prompts are short here: rows would hardly go on from what the base run's scan read."""
+    monkeypatch.setattr(memory, "ENOUGH_ALIKE", 0)
 
 
 def pairs(seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +237,7 @@ EVERY_NODE = [*map(Node, tails(in_float32())), *OPTIONS]
 def test_every_node_in_float32_is_patched_as_the_loop_does(node, direction):
     model, cells = in_float32(), [(2,), (5,)] if direction == "denoise" else [(3, 5)]
     expected, found = naive(model, node, cells, direction), swept(model, node, cells, direction=direction)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-6)  # as far as both are from float64
     base = read(model(pairs()[direction == "denoise"])).detach().numpy()
     assert np.nanmax(abs(expected - base[:, None, None, None])) > 1e-3  # there is something to find
 

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from jambascope.errors import InputError
-from jambascope.hooks.sweep import Metric, Node, knock_out_sweep, logit_difference, patch_sweep, path_patch, screen
+from jambascope.hooks.sweep import (
+    Metric,
+    Node,
+    knock_out_sweep,
+    logit_difference,
+    memory,
+    patch_sweep,
+    path_patch,
+    screen,
+)
 from jambascope.hooks.sweep.engine import Engine
 from jambascope.mamba import MambaMixer
 
@@ -127,10 +136,15 @@ def test_the_budget_grows_with_pairs_only_by_their_logits(pairs, most, model_of_
 def test_what_scans_read_is_kept_where_there_is_memory_for_it(model_of_kind, monkeypatch):
     model, sweep, carried = model_of_kind("hybrid"), SWEEPS["streams"], []
     original = MambaMixer.carry_on
+    monkeypatch.setattr(memory, "ENOUGH_ALIKE", 0)
     monkeypatch.setattr(MambaMixer, "carry_on", lambda *given: carried.append(1) or original(*given))
     whole = sweep(model, progress=False)
     assert carried
     carried.clear()
+    monkeypatch.setattr(memory, "ENOUGH_ALIKE", 0.25)
+    sweep(model, progress=False)
+    assert not carried, "in a short prompt little is like the base run"
+    monkeypatch.setattr(memory, "ENOUGH_ALIKE", 0)
     little = sweep(model, progress=False, max_bytes=least(sweep, model))
     assert not carried
     np.testing.assert_allclose(little.values["resid_pre"], whole.values["resid_pre"], rtol=1e-9)
