@@ -1,9 +1,10 @@
 """Runs a numba loop over work items on torch's own OpenMP threads.
 
-The loops release the GIL (``nogil=True``) and take a range of items. numba's ``parallel=True`` is not used: its
-default layer aborts the process when two Python threads enter a parallel kernel at once, as two dashboard users
-do. Nor are threads of our own, where it can be helped: torch's spin for a while after each operation, and ours
-would have to share their cores with them.
+``run_loop`` shares out tasks that get nothing but numbers: some microseconds until another thread works. ``run_items``
+calls loops that take arrays, from Python in every thread: fifteen times that, and the loops release the GIL
+(``nogil=True``). numba's ``parallel=True`` is not used: its default layer aborts the process when two Python threads
+enter a parallel kernel at once, as two dashboard users do. Nor are threads of our own, where it can be helped: torch's
+spin for a while after each operation, and ours would have to share their cores with them.
 """
 
 from __future__ import annotations
