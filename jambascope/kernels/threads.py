@@ -1,7 +1,7 @@
 """Runs a numba loop over work items on torch's own OpenMP threads.
 
-``run_loop`` shares out tasks that get nothing but numbers: some microseconds until another thread works. ``run_items``
-calls loops that take arrays, from Python in every thread: fifteen times that, and the loops release the GIL
+``run_loop`` shares out tasks that get nothing but numbers, so that no thread needs Python to begin. ``run_items`` calls
+loops that take arrays, from Python in every thread: each call waits for the interpreter's lock, which the loops release
 (``nogil=True``). numba's ``parallel=True`` is not used: its default layer aborts the process when two Python threads
 enter a parallel kernel at once, as two dashboard users do. Nor are threads of our own, where it can be helped: torch's
 spin for a while after each operation, and ours would have to share their cores with them.
