@@ -4,8 +4,8 @@ Nothing below a patched layer and nothing left of a patched position changes, so
 first position, with what the layers remember of earlier positions taken from the base run. Rows run one behind the
 other, each as long as it is; those of higher layers join on the way up, and what leaves the last mixer is computed
 where the metrics read it. In the Mamba layer that a row enters all but a few positions read what they read in the base
-run, and only the state is carried on. The matrix products that this takes are half of the time (``jambascope bench sweep``, d_model 128);
-of the rest half are scans. R row, read: the positions whose logits are asked for.
+run, and only the state is carried on. The matrix products that this takes are half of the time (``jambascope bench
+sweep``, d_model 128). R row, read: the positions whose logits are asked for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a sweep keeps, in bytes, before any of it is kept, and how many prompt pairs at a time that leaves room for.
 
-Kept of the base run: the stream that enters each layer, keys and values, the states of Mamba layers where rows start;
-of both: the values that are patched, and the logits that metrics read, those of all pairs throughout. What a batch
-computes comes on top and is gone with it (``engine.TOKENS_AT_ONCE``).
+Kept of the base run: the stream that enters each layer, keys and values, the states of Mamba layers where rows start
+and, where there is room, what their scans read; of both: the values that are patched, and the logits that metrics read,
+those of all pairs throughout. What a batch computes comes on top and is gone with it (``engine.TOKENS_AT_ONCE``).
 """
 
 from __future__ import annotations
