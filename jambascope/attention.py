@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
@@ -15,11 +16,9 @@ from torch import nn
 from jambascope.config import JambaConfig
 from jambascope.devices import index_tensor
 from jambascope.hook_point import HookPoint
+from jambascope.kernels.packed import by_length, tokens_of
 from jambascope.packing import Packing
 from jambascope.state import Run
-
-PACKED_ROWS = {"cpu": 16}
-"""Packed rows that attend side by side, by device; elsewhere all of them."""
 
 
 class Attention(nn.Module):
@@ -98,19 +97,20 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(z if reads is None else z.index_select(1, reads), "b t h p -> b t (h p)"))
 
     def _attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """q [1 token H P]; k, v [row S K P] -> [1 token H P]: a few rows at a time, side by side from where the first
-        of them begins."""
+        """q [1 token H P]; k, v [row S K P] -> [1 token H P]: rows of about one length side by side."""
         position, z = torch.arange(packing.length, device=q.device), torch.empty_like(q)
-        for rows in packing.parts(PACKED_ROWS.get(q.device.type, len(k))):
+        for rows in by_length(packing.bounds):
             first = int(packing.starts[rows].min())
-            tokens = slice(*packing.bounds[[rows.start, rows.stop]])
-            place = packing.rows[tokens] - rows.start, packing.positions[tokens] - first
-            queries = q.new_zeros(rows.stop - rows.start, packing.length - first, *q.shape[2:])
-            queries[place] = q[0, tokens]
+            tokens, _ = tokens_of(packing.bounds, rows)
+            row = np.repeat(np.arange(len(rows)), packing.length - packing.starts[rows])
+            place = index_tensor(row, q.device), index_tensor(packing.position_of[tokens] - first, q.device)
+            tokens, rows = index_tensor(tokens, q.device), index_tensor(rows, q.device)
+            queries = q.new_zeros(len(rows), packing.length - first, *q.shape[2:])
+            queries[place] = q[0].index_select(0, tokens)
             mixed = F.scaled_dot_product_attention(
                 queries.transpose(1, 2),
-                k[rows].transpose(1, 2),
-                v[rows].transpose(1, 2),
+                k.index_select(0, rows).transpose(1, 2),
+                v.index_select(0, rows).transpose(1, 2),
                 attn_mask=position <= position[first:, None],
                 enable_gqa=self.n_heads != self.n_key_value_heads,
             )

@@ -64,7 +64,7 @@ class Block(nn.Module):
         else:
             out = self.hook_mixer_out(self.mixer(self.ln1(x), run, reads))
         _note_activation(run, out)
-        return self._added(x if reads is None else x.index_select(1, reads), out)
+        return (x if reads is None else x.index_select(1, reads)) + out
 
     def feed(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """The second half, each position by itself: [B T D] -> [B T D], of whatever positions."""
@@ -73,11 +73,7 @@ class Block(nn.Module):
         x = self.hook_resid_mid(x)
         out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
         _note_activation(run, out)
-        return self._added(x, out)
-
-    def _added(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Their sum, in the memory of ``out`` where nobody else can have it."""
-        return x + out if torch.is_grad_enabled() or any(self._listeners) else out.add_(x)
+        return x + out
 
     def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:
         """One token through a Mamba-1 layer in one call, where ``decode`` can."""

@@ -86,7 +86,9 @@ class MambaMixer(nn.Module):
         dt = F.linear(self.dt_layernorm(dt_B_C[..., :R]), self.dt_proj.weight)
 
         scan = self._scan(x, dt, B, C, gate, run, memory)
-        if memory is not None:
+        if run.packing is not None:
+            run.packed_states[self.layer] = scan.final_state
+        elif memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         if reads is None:
             return self.out_proj(self.hook_z(scan.y))

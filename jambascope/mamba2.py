@@ -77,7 +77,7 @@ class Mamba2Mixer(nn.Module):
         dt = self._step_size(dt, run.mask)
 
         scan = self._scan(x, dt, B, C, run, memory)
-        if memory is not None:
+        if memory is not None and run.packing is None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state.flatten(1, 2)))
         y = self.hook_y(scan.y.flatten(2))
         z = self.hook_z(self.norm(y, gate))

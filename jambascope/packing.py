@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,3 @@ class Packing:
         """Which tokens are at these positions of these rows."""
         rows = np.asarray(rows)
         return self.bounds[rows] + np.asarray(positions) - self.starts[rows]
-
-    def parts(self, n: int) -> Iterator[slice]:
-        """Rows, so many at a time."""
-        return (slice(i, min(i + n, len(self.starts))) for i in range(0, len(self.starts), n))

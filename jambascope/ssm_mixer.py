@@ -38,7 +38,7 @@ def convolve(
     past = None if memory is None else memory.conv
     if run.packing is not None:
         cut = dict(cu_seqlens=run.packing.bounds, past_rows=memory.conv_rows)
-        return causal_conv1d(x, weight, bias, past, silu=True, **cut), past[:0]
+        return causal_conv1d(x, weight, bias, past, silu=True, **cut), None
     silu_apart = hook.heard or hook_state.heard
     if past is not None and mask is None and x.shape[1] == 1:
         out, new_past = causal_conv1d_step(x[:, 0], weight, bias, past, silu=not silu_apart)

@@ -70,7 +70,8 @@ class MambaState:
 
 @dataclass
 class PickedMambaState(MambaState):
-    """The memory of packed rows among the entries of a larger one; -1 for a row that has seen nothing."""
+    """The memory of packed rows among the entries of a larger one, -1 for a row that has seen nothing. Only the runs of
+    packed rows take it."""
 
     conv_rows: np.ndarray
     ssm_rows: np.ndarray
@@ -197,6 +198,8 @@ class Run:
         self.piece_length: int | None = None
         """Positions that a layer takes at a time; None for all of them at once."""
         self.step_weights: dict[int, tuple[int, ...] | None] = {} if step_weights is None else step_weights
+        self.packed_states: dict[int, torch.Tensor] = {}
+        """SSM layer -> the states after packed rows, [row E N]."""
         self._updates: dict[int, KeyValueState | MambaState] = {}
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self._visible: torch.Tensor | None = None
@@ -265,7 +268,7 @@ class Run:
         assert isinstance(past, KeyValueState)
         if self.packing is not None:
             for held, new in ((past.keys, k), (past.values, v)):
-                held[self.packing.rows, self.packing.positions] = new[0]
+                held[self.packing.rows, self.packing.positions] = new[0].to(held.dtype)
             return past.keys, past.values
         extended = past.appended(k, v, self.past)
         self._updates[layer] = extended

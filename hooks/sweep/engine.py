@@ -133,8 +133,8 @@ class Engine:
         state = InferenceState([base.memory(model, layer, together.pair_of, packing.starts)] * model.config.n_layers)
         run = Run(1, len(in_begun), device, None, state, packing=begun)
         mixed = block.mix(x.index_select(1, in_begun), run)
-        added = block.mixer.carry_on(run.mamba_state(layer).ssm, together.pair_of, ends, inputs)
-        return x.index_copy_(1, in_begun, mixed).index_add_(1, later, added)
+        added = block.mixer.carry_on(run.packed_states[layer], together.pair_of, ends, inputs)
+        return x.index_copy_(1, in_begun, mixed).index_add_(1, later, added.to(x.dtype))
 
     def _mix(
         self, layer: int, x: torch.Tensor, together: Together, reads: torch.Tensor | None

@@ -207,6 +207,7 @@ class _Paths(Running):
                 self.model, some.base, some.all_reads, starts, self.layers, self.of_base, prompts
             )
             self.ends(begin, base, source_logits)
+            del source_logits
             yield done / max(work, 1)
             for group in self._groups(some):
                 for stage, active, streams in self._streams(base, source, group):

@@ -102,7 +102,8 @@ def record(
             del recording.values[last], recording.positions[last]
     with model._lock:
         logits = model.unembed(model.ln_final(torch.cat(at)))
-    return list(zip(found, logits.split(sizes), strict=True))
+    each = [part.clone() for part in logits.split(sizes)]  # so that one run's can go before the other's
+    return list(zip(found, each, strict=True))
 
 
 @dataclass

@@ -143,8 +143,8 @@ def _estimates(question: Question, cells: Cells, at_once: int) -> dict[str, np.n
     names = [target.name for target in cells.targets]
     for first in range(0, question.pairs, at_once):
         some = question.some(first, at_once)
-        ends = record(model, *(Prompts(tokens, {}) for tokens in (some.base, some.source)), reads=reads)
-        measure.add(first, *(logits for _, logits in ends))
+        prompts = (Prompts(tokens, {}) for tokens in (some.base, some.source))
+        measure.add(first, *(logits for _, logits in record(model, *prompts, reads=reads)))
         if not columns:
             continue
         pairs = torch.arange(first, first + some.pairs, device=model.device)

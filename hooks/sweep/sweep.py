@@ -162,6 +162,7 @@ class Sweep(Running):
                 if rows or not i:
                     engine, source_logits = self._recorded(some, group, rows, room)
                     self.ends(first, engine.base, source_logits)
+                    del source_logits
                     self.write(still, self.runs_of_base[:, [row.pair for row in still]])
                     yield done / work if work else 1.0
                     for batch in self.batches(engine, rows):

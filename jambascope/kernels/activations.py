@@ -25,7 +25,11 @@ def gated(
     y: Float[torch.Tensor, "batch pos d_inner"], gate: Float[torch.Tensor, "batch pos d_inner"]
 ) -> Float[torch.Tensor, "batch pos d_inner"]:
     """``y * SiLU(gate)``."""
-    return _run("GATED", y, gate) if _fits(y, gate) else y * F.silu(gate)
+    if _fits(y, gate):
+        return _run("GATED", y, gate)
+    opened = F.silu(gate)
+    in_place = not torch.is_grad_enabled() and y.dtype == gate.dtype and is_plain(y, gate)
+    return opened.mul_(y) if in_place else y * opened
 
 
 def step_size(

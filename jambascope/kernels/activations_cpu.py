@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.compiling import loop_task
 from jambascope.kernels.native import next_items, numbers
 from jambascope.kernels.vectors import FAST, LANES, aligned, load, read, silu, softplus, splat, store, write
 
@@ -24,7 +24,7 @@ def _apply(kind, x, other):
     return softplus(x + other)
 
 
-@NativeTask
+@loop_task(10)
 def apply(call):
     given = numbers(call, 10)
     start, stop = next_items(call)

@@ -30,8 +30,9 @@ def _announce(function: Callable, cache_path: str) -> None:
 class NativeTask:
     """A function of one pointer, compiled by numba to be called from C; compiled when it is first needed."""
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[Any], None], count: int | None = None) -> None:
+        """``count``: of a loop, its own numbers (``native.numbers``)."""
+        self.function, self.count = function, count
 
     @cached_property
     def _compiled(self) -> Any:
@@ -50,3 +51,8 @@ class NativeTask:
     def call(self) -> Callable[[int], None]:
         """Call it on an address, in this thread and without the GIL."""
         return self._compiled.ctypes
+
+
+def loop_task(count: int) -> Callable[[Callable[[Any], None]], NativeTask]:
+    """A task over work items that takes so many numbers; see ``native``."""
+    return lambda function: NativeTask(function, count)

@@ -3,7 +3,7 @@
 Numbers, addresses among them, are all that a loop gets, so that no thread needs Python to begin. A loop over work items
 is a function of (start, stop, numbers ...) in a task that asks for items until there are none::
 
-    @NativeTask
+    @loop_task(5)
     def forward(call):
         given = numbers(call, 5)
         start, stop = next_items(call)
@@ -22,8 +22,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-HEAD = 3
-"""The int64 before a loop's own: the next part to take, items, parts."""
+from jambascope.kernels.threads import HEAD
 
 
 @intrinsic

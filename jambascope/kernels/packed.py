@@ -1,4 +1,4 @@
-"""Rows of different lengths, one behind the other on one time axis or side by side, padded to the longest.
+"""Rows of different lengths, one behind the other on one time axis or some side by side, padded to the longest.
 
 ``cu_seqlens`` [R + 1] says where rows begin and end, as for flash-attention's functions of that kind: row r has the
 positions from ``cu_seqlens[r]`` to ``cu_seqlens[r + 1]``. Numbers, not a tensor on a device: nothing waits for it.
@@ -6,7 +6,7 @@ positions from ``cu_seqlens[r]`` to ``cu_seqlens[r + 1]``. Numbers, not a tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from jaxtyping import Float
 from jambascope.devices import index_tensor
 from jambascope.errors import InputError
 
+LONGEST = 1.5
+"""How many times the shortest of rows that run side by side the longest may be: more padding, or more groups."""
+
 
 def checked_bounds(cu_seqlens: Sequence[int], x: torch.Tensor) -> np.ndarray:
     """``cu_seqlens`` as int64.
@@ -22,14 +25,23 @@ def checked_bounds(cu_seqlens: Sequence[int], x: torch.Tensor) -> np.ndarray:
     Raises:
         InputError: it does not cut the time axis of ``x`` [1 T ...] into rows.
     """
-    bounds = np.asarray(cu_seqlens)
-    whole = bounds.ndim == 1 and len(bounds) > 1 and np.issubdtype(bounds.dtype, np.integer)
-    if not whole or bounds[0] != 0 or bounds[-1] != x.shape[1] or (bounds[1:] <= bounds[:-1]).any():
-        shown = str(np.asarray(cu_seqlens)[:8].tolist())[:60]
-        raise InputError(f"cu_seqlens={shown} must ascend from 0 to the {x.shape[1]} positions of x")
+    bounds = _whole_numbers(cu_seqlens)
+    fits = bounds is not None and len(bounds) > 1 and bounds[0] == 0 and bounds[-1] == x.shape[1]
+    if not fits or (bounds[1:] <= bounds[:-1]).any():
+        raise InputError(f"cu_seqlens={str(cu_seqlens)[:60]} must ascend from 0 to the {x.shape[1]} positions of x")
     if x.shape[0] != 1:
         raise InputError(f"cu_seqlens cuts one sequence into rows, but x has {x.shape[0]}; give x [1 T ...]")
-    return bounds.astype(np.int64, copy=False)
+    return bounds
+
+
+def _whole_numbers(values: Sequence[int]) -> np.ndarray | None:
+    """As int64, one behind the other in memory, for loops read them by address; None where they are something else."""
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError):  # a tensor elsewhere, a ragged list
+        return None
+    whole = found.ndim == 1 and np.issubdtype(found.dtype, np.integer)
+    return np.ascontiguousarray(found, dtype=np.int64) if whole else None
 
 
 def refuse_packed(**options: object) -> None:
@@ -40,46 +52,81 @@ def refuse_packed(**options: object) -> None:
 
 
 def checked_rows(
-    name: str, rows: Sequence[int] | None, held: torch.Tensor | None, bounds: np.ndarray
+    name: str, rows: Sequence[int] | None, held: torch.Tensor | None, bounds: np.ndarray | None
 ) -> np.ndarray | None:
-    """Which entry of ``held`` each packed row begins with, as int64.
+    """Which entry of ``held`` each packed row begins with, as int64; None where that is not asked for.
 
     Raises:
-        InputError: not one of those for each row.
+        InputError: not one of those for each row, or no packed rows.
     """
     if rows is None:
         return None
-    found, count = np.asarray(rows), 0 if held is None else len(held)
-    whole = found.shape == (len(bounds) - 1,) and np.issubdtype(found.dtype, np.integer)
-    if not whole or found.min() < -1 or found.max() >= count:
+    if bounds is None:
+        raise InputError(f"{name} goes with cu_seqlens; leave it out, or give both")
+    found, count = _whole_numbers(rows), 0 if held is None else len(held)
+    if found is None or len(found) != len(bounds) - 1 or found.min() < -1 or found.max() >= count:
         each = f"one of 0..{count - 1}, or -1, for each of {len(bounds) - 1} rows"
         raise InputError(f"{name}={str(rows)[:60]} must be {each}")
-    return found.astype(np.int64, copy=False)
+    return found
 
 
-def picked(held: Float[torch.Tensor, "entry ..."], rows: np.ndarray) -> Float[torch.Tensor, "row ..."]:
-    """The entry of each row; zeros for -1."""
+def picked(held: Float[torch.Tensor, "entry ..."] | None, rows: np.ndarray) -> Float[torch.Tensor, "row ..."] | None:
+    """The entry of each row; zeros for -1. None of no entries."""
+    if held is None or not len(held):
+        return None
     found = held.index_select(0, index_tensor(np.maximum(rows, 0), held.device))
     none = np.flatnonzero(rows < 0)
     return found.index_fill(0, index_tensor(none, held.device), 0) if none.size else found
 
 
-def side_by_side(x: Float[torch.Tensor, "1 pos ..."], bounds: np.ndarray) -> Float[torch.Tensor, "row longest ..."]:
-    """Each row from the first position on, zeros after its last."""
-    longest = int(np.diff(bounds).max())
-    wide = x.new_zeros((len(bounds) - 1) * longest, *x.shape[2:])
-    return wide.index_copy(0, _places(bounds, x.device), x[0]).unflatten(0, (-1, longest))
-
-
-def one_behind_the_other(
-    x: Float[torch.Tensor, "row longest ..."], bounds: np.ndarray
-) -> Float[torch.Tensor, "1 pos ..."]:
-    """The inverse of :func:`side_by_side`."""
-    return x.flatten(0, 1).index_select(0, _places(bounds, x.device))[None]
-
-
-def _places(bounds: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Where each position stands among those of rows of the longest's length."""
+def by_length(bounds: np.ndarray) -> list[np.ndarray]:
+    """Rows in groups of about one length, the longest first."""
     lengths = np.diff(bounds)
-    before = np.arange(len(lengths)) * lengths.max() - bounds[:-1]
-    return index_tensor(np.arange(bounds[-1]) + np.repeat(before, lengths), device)
+    order = np.argsort(-lengths, kind="stable")
+    groups, first = [], 0
+    while first < len(order):
+        count = int((lengths[order[first:]] * LONGEST >= lengths[order[first]]).sum())
+        groups.append(order[first : first + count])
+        first += count
+    return groups
+
+
+def tokens_of(bounds: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of some rows, row by row, and where each stands when these are side by side, padded to the longest."""
+    lengths = bounds[rows + 1] - bounds[rows]
+    within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    return np.repeat(bounds[rows], lengths) + within, np.repeat(np.arange(len(rows)) * lengths.max(), lengths) + within
+
+
+def side_by_side(
+    run: Callable[[list[torch.Tensor], list[torch.Tensor | None], np.ndarray], tuple[torch.Tensor, ...]],
+    over_time: Sequence[Float[torch.Tensor, "1 pos ..."]],
+    of_rows: Sequence[Float[torch.Tensor, "row ..."] | None],
+    bounds: np.ndarray,
+) -> list[torch.Tensor]:
+    """What ``run`` gives for packed rows, which it takes side by side, some of about one length at a time.
+
+    Args:
+        run: of tensors [some longest ...], padded with zeros after each row's last position, of what those rows have,
+            [some ...], and of their lengths; gives a tensor over time, and any number of tensors with a row for each.
+    """
+    device, groups, found = over_time[0].device, by_length(bounds), []
+    all_tokens = []
+    for rows in groups:
+        tokens, places = tokens_of(bounds, rows)
+        all_tokens.append(tokens)
+        lengths, at = np.diff(bounds)[rows], index_tensor(places, device)
+        which = index_tensor(tokens, device)
+        wide = []
+        for x in over_time:
+            empty = x.new_zeros(len(rows) * int(lengths.max()), *x.shape[2:])
+            wide.append(empty.index_copy(0, at, x[0].index_select(0, which)).unflatten(0, (len(rows), -1)))
+        own = [None if v is None else v.index_select(0, index_tensor(rows, device)) for v in of_rows]
+        out, *rest = run(wide, own, lengths)
+        found.append((out.flatten(0, 1).index_select(0, at), *rest))
+    orders = [np.concatenate(all_tokens)] + [np.concatenate(groups)] * (len(found[0]) - 1)
+    out, *rest = (
+        torch.cat(parts).index_select(0, index_tensor(order.argsort(), device))
+        for parts, order in zip(zip(*found, strict=True), orders, strict=True)
+    )
+    return [out[None], *rest]

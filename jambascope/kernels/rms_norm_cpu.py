@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.compiling import loop_task
 from jambascope.kernels.native import as_float, next_items, numbers
 from jambascope.kernels.vectors import FAST, LANES, lane_sum, load, read, splat, store, write
 
@@ -25,7 +25,7 @@ def _mean_square(x, at, width, eps):
     return total / np.float32(width) + eps
 
 
-@NativeTask
+@loop_task(6)
 def forward(call):
     given = numbers(call, 6)
     start, stop = next_items(call)
@@ -47,7 +47,7 @@ def _forward(start, stop, width, eps_bits, x, stride, weight, out):
             write(out, to + i, read(x, at + i) * scale * read(weight, i))
 
 
-@NativeTask
+@loop_task(5)
 def root_mean_square(call):
     given = numbers(call, 5)
     start, stop = next_items(call)

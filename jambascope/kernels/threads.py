@@ -21,6 +21,8 @@ import torch
 from jambascope.kernels.compiling import NativeTask
 
 CUTS_PER_THREAD = 4
+HEAD = 3
+"""The int64 of a loop's call before its own numbers: the next part to take, items, parts."""
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}
 """Of the tensors that loops write to by address, whatever torch's defaults are."""
 _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -51,7 +53,8 @@ def run_loop(task: NativeTask, items: int, *numbers: int, serial: bool = False) 
     """Have every item in ``range(items)`` done by a task that asks for them (``native.next_items``)."""
     threads = 1 if serial else min(torch.get_num_threads(), items)
     parts = 1 if threads <= 1 else min(items, CUTS_PER_THREAD * threads)
-    call = (ctypes.c_int64 * (3 + len(numbers)))(0, items, parts, *numbers)
+    assert len(numbers) == task.count, f"{task.function.__qualname__} reads {task.count} numbers, not {len(numbers)}"
+    call = (ctypes.c_int64 * (HEAD + len(numbers)))(0, items, parts, *numbers)
     run_native(task, call, threads)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from jambascope.errors import InputError
 from jambascope.kernels.causal_conv import causal_conv1d
+from jambascope.kernels.packed import by_length
 from jambascope.kernels.selective_scan import selective_scan
 from jambascope.kernels.selective_scan import shared as shared_scan
 from jambascope.kernels.selective_scan.shared import Inputs, scan_on
@@ -127,6 +128,44 @@ def test_rows_begin_with_entries_of_one_memory(backend):
     torch.testing.assert_close(convolved, causal_conv1d(x, weight, None, own[1], **common))
 
 
+@pytest.mark.parametrize("E", [32, 20])  # with 20 states are copied to be read 16 channels at a time
+def test_numbers_of_rows_may_lie_apart_in_memory(E):
+    table = np.array([[0, 2], [7, 7], [3, 0], [7, 7], [4, 1], [7, 7]])[::2]
+    bounds, rows = table[:, 0], table[:, 1][:2]
+    x, B, held = draw(1, 4, E, dtype=torch.float32), draw(1, 4, 3, dtype=torch.float32), torch.randn(3, E, 3)
+    A, weight, past = -torch.ones(E, 3), torch.randn(E, 4), torch.randn(3, 3, E).bfloat16()
+    scan = [
+        selective_scan(x, x.exp(), A, B, B, initial_state=held, cu_seqlens=b, initial_rows=r).y
+        for b, r in ((bounds, rows), (bounds.tolist(), rows.tolist()), (torch.tensor(bounds), torch.tensor(rows)))
+    ]
+    conv = [
+        causal_conv1d(x.bfloat16(), weight, None, past, cu_seqlens=b, past_rows=r)
+        for b, r in ((bounds, rows), (bounds.tolist(), rows.tolist()))
+    ]
+    assert torch.equal(scan[0], scan[1]) and torch.equal(scan[0], scan[2]) and torch.equal(*conv)
+    expected = selective_scan(x, x.exp(), A, B, B, initial_state=held[rows], cu_seqlens=bounds, backend="reference").y
+    torch.testing.assert_close(scan[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", DTYPES)
+def test_rows_may_all_begin_with_nothing(backend):
+    x = draw(1, 5, 16, dtype=DTYPES[backend])
+    common = dict(cu_seqlens=[0, 2, 5], backend=backend)
+    A, B, weight = -torch.ones(16, 2, dtype=x.dtype), x[..., :2], x[0, :4].T
+    for held in (None, x.new_zeros(0, 16, 2)):
+        found = selective_scan(x, x.exp(), A, B, B, initial_state=held, initial_rows=[-1, -1], **common)
+        assert torch.equal(found.y, selective_scan(x, x.exp(), A, B, B, **common).y)
+    found = causal_conv1d(x, weight, None, None, past_rows=[-1, -1], **common)
+    assert torch.equal(found, causal_conv1d(x, weight, None, None, **common))
+
+
+def test_rows_side_by_side_are_of_about_one_length():
+    lengths = np.array([1, 100, 70, 3, 2, 66, 1, 40])
+    groups = by_length(cuts(lengths))
+    assert sorted(np.concatenate(groups)) == list(range(8)) and len(groups) == 5
+    assert all(lengths[rows].max() <= 1.5 * lengths[rows].min() for rows in groups)
+
+
 def inputs(sequences: int, length: int, E: int, N: int, dtype: torch.dtype) -> Inputs:
     wide = draw(sequences, length, 2 * E, dtype=dtype, seed=5)
     return Inputs(
@@ -181,6 +220,9 @@ def test_nothing_to_carry_on():
         (dict(cu_seqlens=[0, 4, 4, 6]), "ascend from 0 to the 6 positions"),
         (dict(cu_seqlens=[0.0, 6.0]), "ascend from 0 to the 6 positions"),
         (dict(cu_seqlens=[6]), "ascend from 0 to the 6 positions"),
+        (dict(cu_seqlens=[[0], [2, 6]]), "ascend from 0 to the 6 positions"),
+        (dict(cu_seqlens=torch.empty(2, device="meta")), "ascend from 0 to the 6 positions"),
+        (dict(initial_rows=[0], initial_state=torch.zeros(3, 16, 2)), "initial_rows goes with cu_seqlens"),
         (dict(cu_seqlens=[0, 2, 6], mask=torch.ones(1, 6, dtype=torch.bool)), "mask goes with rows of one length"),
         (dict(cu_seqlens=[0, 2, 6], capture=[1]), "capture goes with rows of one length"),
         (dict(cu_seqlens=[0, 2, 6], initial_state=torch.zeros(1, 16, 2)), r"it must be \(2, 16, 2\)"),
@@ -206,6 +248,5 @@ def test_tokens_of_a_packing():
     assert packing.bounds.tolist() == [0, 3, 8, 9] and packing.row_of.tolist() == [0] * 3 + [1] * 5 + [2]
     assert packing.position_of.tolist() == [2, 3, 4, 0, 1, 2, 3, 4, 4]
     assert packing.tokens([0, 1, 2], [4, 0, 4]).tolist() == [2, 3, 8]
-    assert [part.stop for part in packing.parts(2)] == [2, 3]
     short = Packing([2, 0, 4], 5, torch.device("cpu"), ends=[3, 2, 5])
     assert short.positions.tolist() == [2, 0, 1, 4] and short.bounds.tolist() == [0, 1, 3, 4]

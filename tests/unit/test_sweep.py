@@ -242,6 +242,16 @@ def test_every_node_in_float32_is_patched_as_the_loop_does(node, direction):
     assert np.nanmax(abs(expected - base[:, None, None, None])) > 1e-3  # there is something to find
 
 
+@pytest.mark.parametrize("node", ["resid_pre", "mlp_out", "z", "ssm_state"])
+def test_under_autocast(node):
+    exact = swept(in_float32(), node, range(LENGTH))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = swept(in_float32(), node, range(LENGTH))
+    known = np.isfinite(exact)
+    assert np.array_equal(known, np.isfinite(found)) and not np.array_equal(exact[known], found[known])
+    assert np.corrcoef(exact[known], found[known])[0, 1] > 0.95  # a router in bfloat16 chooses other experts at times
+
+
 def test_in_float32_layers_run_in_compiled_kernels(monkeypatch):
     called = set()
     for module, name in ((scan, "selective_scan"), (conv, "_prepared"), (experts, "_few"), (rms_norm, "_over_rows")):

@@ -19,7 +19,6 @@ from jambascope.kernels.causal_conv.interface import neighbours, next_past
 from jambascope.kernels.packed import (
     checked_bounds,
     checked_rows,
-    one_behind_the_other,
     picked,
     refuse_packed,
     side_by_side,
@@ -70,18 +69,19 @@ def causal_conv1d(
         InputError: shapes that do not fit, or a mask or resets that are not bool.
     """
     bounds = None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
+    past_rows = checked_rows("past_rows", past_rows, past, bounds)
     _check_shapes(x, "[B T E]", weight, bias, past, mask, resets, bounds, past_rows)
     chosen = _chosen(backend, x, weight)
     if bounds is None:
         return chosen.causal_conv1d(x, weight, bias, past, silu, neighbours(mask, resets, weight.shape[1]))
     refuse_packed(mask=mask, resets=resets)
-    past_rows = checked_rows("past_rows", past_rows, past, bounds)
     if chosen is cpu and not wants_gradient(x, weight, bias, past):
         return cpu.causal_conv1d(x, weight, bias, past, silu, None, bounds, past_rows)
-    if past_rows is not None:
-        past = picked(past, past_rows)
-    out = chosen.causal_conv1d(side_by_side(x, bounds), weight, bias, past, silu, None)
-    return one_behind_the_other(out, bounds)
+    past = past if past_rows is None else picked(past, past_rows)
+    (out,) = side_by_side(
+        lambda wide, own, _: (chosen.causal_conv1d(wide[0], weight, bias, own[0], silu, None),), [x], [past], bounds
+    )
+    return out
 
 
 def causal_conv1d_step(

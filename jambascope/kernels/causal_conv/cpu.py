@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from jambascope.kernels.causal_conv.interface import Neighbours
 from jambascope.kernels.compiling import announce_first_compile
+from jambascope.kernels.packed import picked
 from jambascope.kernels.threads import FLOAT32, run_items, run_loop
 
 SERIAL_BELOW = 65_536
@@ -30,6 +31,11 @@ def causal_conv1d(
 
     Rows of different lengths (``bounds``) without gradients and tables.
     """
+    from jambascope.kernels.vectors import LANES
+
+    as_it_is = past is None or (past.dtype == torch.float32 and past.is_contiguous() and weight.shape[0] >= LANES)
+    if past_rows is not None and not as_it_is:  # copy those of the rows, not all of them
+        past, past_rows = picked(past, past_rows), None
     tensors = _prepared(x, weight, bias, past, None if bounds is None else len(bounds) - 1)
     if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
         out = _Conv.apply(*tensors, silu, tables)
@@ -102,7 +108,7 @@ def _forward(
     of_rows = bounds.ctypes.data, 0 if past_rows is None else past_rows.ctypes.data
     run_loop(
         k.FORWARD[weight.shape[1]], rows * chunks,
-        rows, length, chunks, channels, x_row, silu, *of_rows, x_at, *rest, source, out.data_ptr(),
+        rows, length, chunks, channels, x_row, bool(silu), *of_rows, x_at, *rest, source, out.data_ptr(),
         serial=out.numel() < SERIAL_BELOW,
     )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ import numpy as np
 from numba import carray, njit
 from numba.cpython.unsafe.tuple import tuple_setitem
 
-from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.compiling import NativeTask, loop_task
 from jambascope.kernels.native import address, next_items, numbers
 from jambascope.kernels.vectors import LANES, load, load_every, read, repeat, sigmoid, splat, store
 
@@ -112,7 +112,7 @@ def _forward(
 
 
 def _forward_of(taps: tuple[int, ...]) -> NativeTask:
-    @NativeTask
+    @loop_task(14)
     def forward(call):
         given = numbers(call, 14)
         start, stop = next_items(call)

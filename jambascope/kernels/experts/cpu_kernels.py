@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.compiling import loop_task
 from jambascope.kernels.native import address, next_items, numbers
 from jambascope.kernels.vector_math import FAST, sigmoid
 
@@ -93,7 +93,7 @@ def gather(order, slots, x, rows):
             rows[r, d] = narrow(widen(x[m, d]), rows[r, d])
 
 
-@NativeTask
+@loop_task(6)
 def combine(call):
     """out [M D] = the sum over slots of rows [P D]; with one slot, rows put in order. ``kind`` is that of out."""
     kind, slots, D, place, rows, out = numbers(call, 6)

@@ -22,7 +22,6 @@ from jambascope.kernels import triton_runtime
 from jambascope.kernels.packed import (
     checked_bounds,
     checked_rows,
-    one_behind_the_other,
     picked,
     refuse_packed,
     side_by_side,
@@ -92,6 +91,7 @@ def selective_scan(
         InputError: shapes that do not fit, or positions or channels out of range, unsorted or repeated.
     """
     bounds = None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
+    initial_rows = checked_rows("initial_rows", initial_rows, initial_state, bounds)
     _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds, initial_rows)
     length, d_inner = x.shape[1:]
     if capture is not None:
@@ -109,24 +109,25 @@ def selective_scan(
     if bounds is None:
         return scan(x, dt, A, B, C, D, options)
     refuse_packed(mask=mask, resets=resets, capture=capture, edits=edits)
-    rows = checked_rows("initial_rows", initial_rows, initial_state, bounds)
-    return _packed_scan(scan, x, dt, A, B, C, D, options, bounds, rows)
+    return _packed_scan(scan, x, dt, A, B, C, D, options, bounds, initial_rows)
 
 
-def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds, initial_rows) -> ScanResult:
+def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray, initial_rows) -> ScanResult:
     """Rows of different lengths: by the loops themselves, or side by side, where what follows a row does not reach its
     outputs and leaves its state as it was."""
     tensors = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state)
     if scan.__module__ == f"{__name__}.cpu" and not wants_gradient(*tensors):
         return scan(x, dt, A, B, C, D, options, bounds, initial_rows)
-    if initial_rows is not None:
-        options = options._replace(initial_state=picked(options.initial_state, initial_rows))
-    x, dt, B, C = (side_by_side(v, bounds) for v in (x, dt, B, C))
-    gate = None if options.gate is None else side_by_side(options.gate, bounds)
-    lengths = index_tensor(np.diff(bounds), x.device)[:, None]
-    mask = torch.arange(x.shape[1], device=x.device) < lengths
-    found = scan(x, dt, A, B, C, D, options._replace(gate=gate, marks=make_marks(mask, None)))
-    return found._replace(y=one_behind_the_other(found.y, bounds))
+    initial_state = options.initial_state if initial_rows is None else picked(options.initial_state, initial_rows)
+
+    def run(over_time, of_rows, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+        x, dt, B, C, *gate = over_time
+        mask = torch.arange(x.shape[1], device=x.device) < index_tensor(lengths, x.device)[:, None]
+        own = dict(gate=gate[0] if gate else None, initial_state=of_rows[0], marks=make_marks(mask, None))
+        return scan(x, dt, A, B, C, D, options._replace(**own))[:2]
+
+    over_time = [x, dt, B, C] if options.gate is None else [x, dt, B, C, options.gate]
+    return ScanResult(*side_by_side(run, over_time, [initial_state], bounds), None)
 
 
 def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from jambascope.kernels.compiling import announce_first_compile
+from jambascope.kernels.packed import picked
 from jambascope.kernels.selective_scan.interface import Options, ScanResult
 from jambascope.kernels.threads import FLOAT32, run_items, run_loop
 
@@ -68,8 +69,11 @@ def selective_scan(
     scale, shift = (None, None) if edits is None else (edits.scale, edits.shift)
     if D is None:
         D = x.new_zeros(d_inner)
-    inputs = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state, scale, shift)
     pad = -d_inner % LANES
+    if initial_rows is not None and (pad or not _is_solid(options.initial_state)):
+        options = options._replace(initial_state=picked(options.initial_state, initial_rows))
+        initial_rows = None
+    inputs = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state, scale, shift)
     if pad:
         inputs = _pad_channels(inputs, pad)
     plan = _plan(options, length, d_inner, pad)
@@ -115,6 +119,11 @@ def _slots(chosen: np.ndarray | None, size: int) -> np.ndarray:
     slots = np.full(size, -1, np.int32)
     slots[chosen] = np.arange(len(chosen), dtype=np.int32)
     return slots
+
+
+def _is_solid(states: torch.Tensor | None) -> bool:
+    """Whether the loop can read them where they are."""
+    return states is None or (states.dtype == torch.float32 and states.mT.is_contiguous())
 
 
 def solid(v: torch.Tensor | None) -> torch.Tensor | None:
@@ -185,7 +194,8 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     of_rows = bounds.ctypes.data, 0 if h0_rows is None else h0_rows.ctypes.data
     run_loop(
         k.forward, batch * d_inner // k.LANES,
-        length, d_inner, d_state, given.edits_count, positions, channels, chunk, plan.dt_softplus, gate_row, *of_rows,
+        length, d_inner, d_state, given.edits_count, positions, channels, chunk,
+        bool(plan.dt_softplus), gate_row, *of_rows,
         *map(_address, given.tensors), _address(gate), _address(given.dt_bias),
         _address_of(plan.marks), _address_of(plan.edit_slot), *map(_address, given.edits),
         _address_of(plan.capture_slot), _address_of(plan.channel_slot),

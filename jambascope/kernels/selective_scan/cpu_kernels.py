@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.compiling import loop_task
 from jambascope.kernels.native import address, next_items, numbers
 from jambascope.kernels.selective_scan.interface import PADDING, RESET
 from jambascope.kernels.vectors import (
@@ -45,7 +45,7 @@ FLOAT = 4
 LN2 = np.float32(0.6931471805599453)
 
 
-@NativeTask
+@loop_task(30)
 def forward(call):
     given = numbers(call, 30)
     start, stop = next_items(call)

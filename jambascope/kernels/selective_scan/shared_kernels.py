@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from jambascope.kernels.compiling import NativeTask
+from jambascope.kernels.compiling import loop_task
 from jambascope.kernels.native import address, next_items, numbers
 from jambascope.kernels.vectors import FAST, LANES, aligned, exp2, load, read, silu, store
 
 
-@NativeTask
+@loop_task(15)
 def scan_on(call):
     given = numbers(call, 15)
     start, stop = next_items(call)

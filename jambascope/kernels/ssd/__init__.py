@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 
 from jambascope.errors import ConfigError, InputError
-from jambascope.kernels.packed import checked_bounds, one_behind_the_other, refuse_packed, side_by_side
+from jambascope.kernels.packed import checked_bounds, refuse_packed, side_by_side
 from jambascope.kernels.selective_scan.interface import StateEdits, checked_indices
 from jambascope.kernels.ssd import chunked, reference
 from jambascope.kernels.ssd.interface import SSDResult
@@ -87,15 +88,18 @@ def ssd(
     dt = step_size(dt, dt_bias) if dt_softplus else dt if dt_bias is None else _add_bias(dt, dt_bias)
     if mask is not None:
         dt = dt.masked_fill(~mask[..., None], 0.0)
-    if bounds is not None:  # what follows a row has a step of 0, and leaves its state as it was
-        x, dt, B, C = (side_by_side(v, bounds) for v in (x, dt, B, C))
-    arguments = (x, dt, A, B, C, D, initial_state, resets, capture, edits)
     if backend == "reference" or (backend == "auto" and length == 1):
-        result = reference.ssd(*arguments)
+        scan = reference.ssd
     else:
-        result = chunked.ssd(*arguments, chunk_size or chunked.CHUNK)
-    if bounds is not None:
-        return result._replace(y=one_behind_the_other(result.y, bounds))
+        scan = partial(chunked.ssd, chunk_size=chunk_size or chunked.CHUNK)
+    if bounds is not None:  # what follows a row has a step of 0, and leaves its state as it was
+
+        def run(over_time, of_rows, _) -> tuple[torch.Tensor, torch.Tensor]:
+            x, dt, B, C = over_time
+            return scan(x, dt, A, B, C, D, of_rows[0], None, None, None)[:2]
+
+        return SSDResult(*side_by_side(run, [x, dt, B, C], [initial_state], bounds), None)
+    result = scan(x, dt, A, B, C, D, initial_state, resets, capture, edits)
     return result if mask is None else result._replace(y=result.y.masked_fill(~mask[..., None, None], 0.0))
 
 
