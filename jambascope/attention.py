@@ -103,10 +103,10 @@ class Attention(nn.Module):
             first = int(packing.starts[rows].min())
             tokens, _ = tokens_of(packing.bounds, rows)
             row = np.repeat(np.arange(len(rows)), packing.length - packing.starts[rows])
-            place = index_tensor(row, q.device), index_tensor(packing.position_of[tokens] - first, q.device)
+            place = index_tensor(row * (packing.length - first) + packing.position_of[tokens] - first, q.device)
             tokens, rows = index_tensor(tokens, q.device), index_tensor(rows, q.device)
             queries = q.new_zeros(len(rows), packing.length - first, *q.shape[2:])
-            queries[place] = q[0].index_select(0, tokens)
+            queries.flatten(0, 1).index_copy_(0, place, q[0].index_select(0, tokens))
             mixed = F.scaled_dot_product_attention(
                 queries.transpose(1, 2),
                 k.index_select(0, rows).transpose(1, 2),
@@ -114,7 +114,7 @@ class Attention(nn.Module):
                 attn_mask=position <= position[first:, None],
                 enable_gqa=self.n_heads != self.n_key_value_heads,
             )
-            z[0, tokens] = mixed.transpose(1, 2)[place]
+            z[0].index_copy_(0, tokens, mixed.transpose(1, 2).flatten(0, 1).index_select(0, place))
         return z
 
     def _queries_shown(self, length: int) -> Sequence[int]:

@@ -86,9 +86,9 @@ class MambaMixer(nn.Module):
         dt = F.linear(self.dt_layernorm(dt_B_C[..., :R]), self.dt_proj.weight)
 
         scan = self._scan(x, dt, B, C, gate, run, memory)
-        if run.packing is not None:
+        if run.packed_states is not None:
             run.packed_states[self.layer] = scan.final_state
-        elif memory is not None:
+        elif run.packing is None and memory is not None:
             run.update_mamba(self.layer, MambaState(new_conv, scan.final_state))
         if reads is None:
             return self.out_proj(self.hook_z(scan.y))
@@ -129,6 +129,7 @@ class MambaMixer(nn.Module):
         arguments = dict(A=A, B=B, C=C, D=self.D, initial_state=None if memory is None else memory.ssm, mask=mask)
         if run.packing is not None:
             arguments.update(cu_seqlens=run.packing.bounds, initial_rows=memory.ssm_rows)
+            arguments["return_last_state"] = run.packed_states is not None
         trajectory = self.hook_ssm_write.heard or self.hook_ssm_state.heard or self.hook_ssm_read.heard
         open_y = self.hook_y.heard or self.hook_ssm_read.heard
         if not open_y:

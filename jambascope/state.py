@@ -198,8 +198,8 @@ class Run:
         self.piece_length: int | None = None
         """Positions that a layer takes at a time; None for all of them at once."""
         self.step_weights: dict[int, tuple[int, ...] | None] = {} if step_weights is None else step_weights
-        self.packed_states: dict[int, torch.Tensor] = {}
-        """SSM layer -> the states after packed rows, [row E N]."""
+        self.packed_states: dict[int, torch.Tensor] | None = None
+        """Mamba layer -> the states after packed rows, [row E N]; None where nobody wants them."""
         self._updates: dict[int, KeyValueState | MambaState] = {}
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self._visible: torch.Tensor | None = None

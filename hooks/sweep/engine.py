@@ -30,7 +30,7 @@ from jambascope.state import InferenceState, PickedMambaState, Run
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
-TOKENS_AT_ONCE = {"cpu": 6144}
+TOKENS_AT_ONCE = {"cpu": 8192}
 """Tokens of a batch, by device."""
 MOST_TOKENS = 1 << 16
 """On other devices."""
@@ -132,6 +132,7 @@ class Engine:
         x = self._patched_stream(layer, together)
         state = InferenceState([base.memory(model, layer, together.pair_of, packing.starts)] * model.config.n_layers)
         run = Run(1, len(in_begun), device, None, state, packing=begun)
+        run.packed_states = {}
         mixed = block.mix(x.index_select(1, in_begun), run)
         added = block.mixer.carry_on(run.packed_states[layer], together.pair_of, ends, inputs)
         return x.index_copy_(1, in_begun, mixed).index_add_(1, later, added.to(x.dtype))

@@ -60,6 +60,7 @@ def selective_scan(
     edits: StateEdits | None = None,
     cu_seqlens: Sequence[int] | None = None,
     initial_rows: Sequence[int] | None = None,
+    return_last_state: bool = True,
     backend: Backend = "auto",
 ) -> ScanResult:
     """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``;  ``y_t = C_t h_t + D x_t``, times ``SiLU(gate_t)`` if given.
@@ -79,6 +80,7 @@ def selective_scan(
         cu_seqlens: ascending from 0 to T: where rows of different lengths, packed one behind the other into x [1 T E],
             begin and end. The initial and final states are then [row E N]; without mask, resets, captures and edits.
         initial_rows: of packed rows, which of any number of initial states each begins with; -1 for zeros.
+        return_last_state: False where nobody wants ``final_state``, which is then None where it can be spared.
         backend: ``"auto"`` takes ``triton`` on a GPU where it is installed, ``cpu`` for float32, bfloat16 and float16
             on a CPU, else ``reference``.
 
@@ -103,7 +105,15 @@ def selective_scan(
     if edits is not None:
         edits = _checked_edits(edits, x, A)
     options = Options(
-        gate, dt_bias, dt_softplus, initial_state, make_marks(mask, resets), capture, capture_channels, edits
+        gate,
+        dt_bias,
+        dt_softplus,
+        initial_state,
+        make_marks(mask, resets),
+        capture,
+        capture_channels,
+        edits,
+        return_last_state,
     )
     scan = _backend(backend, x)
     if bounds is None:

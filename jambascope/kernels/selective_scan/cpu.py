@@ -31,6 +31,7 @@ class _Plan(NamedTuple):
     channel_slot: np.ndarray
     captured_size: tuple[int, int]
     """Positions and channels captured."""
+    return_last_state: bool
 
 
 class _Given(NamedTuple):
@@ -78,13 +79,13 @@ def selective_scan(
         inputs = _pad_channels(inputs, pad)
     plan = _plan(options, length, d_inner, pad)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
-        y, final, captured = _Scan.apply(*inputs, plan)
+        y, final, captured = _Scan.apply(*inputs, plan._replace(return_last_state=True))
     else:
         (y, final, captured), _ = _scan(*inputs, plan, keep=False, bounds=bounds, h0_rows=initial_rows)
     # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
     captured = None if options.capture is None else captured.permute(0, 3, 1, 2)
     if pad:
-        y, final = y[..., :d_inner], final[:, :d_inner]
+        y, final = y[..., :d_inner], None if final is None else final[:, :d_inner]
     return ScanResult(y, final, captured)
 
 
@@ -109,6 +110,7 @@ def _plan(options: Options, length: int, d_inner: int, pad: int) -> _Plan:
         _slots(capture, length),
         channel_slot,
         (0 if capture is None else len(capture), n_channels),
+        options.return_last_state,
     )
 
 
@@ -186,7 +188,7 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
         plan,
         [solid(None if v is None else v.permute(0, 2, 3, 1)) for v in (scale, shift)],
     )
-    final = torch.empty(batch, d_state, d_inner, **FLOAT32)
+    final = torch.empty(batch, d_state, d_inner, **FLOAT32) if plan.return_last_state else None
     positions, channels = plan.captured_size
     captured = torch.empty(batch, positions, d_state, channels, **FLOAT32)
     checkpoints = torch.empty(batch, -(-length // chunk), d_state, d_inner, **FLOAT32) if keep else None
@@ -202,7 +204,7 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
         *map(_address, (start_state, y, final, captured, checkpoints)),
         serial=x.numel() * d_state < SERIAL_BELOW,
     )  # fmt: skip
-    return (y.to(x.dtype), final.mT, captured), (given, checkpoints, chunk)
+    return (y.to(x.dtype), None if final is None else final.mT, captured), (given, checkpoints, chunk)
 
 
 class _Scan(torch.autograd.Function):

@@ -153,7 +153,8 @@ def _forward(
             elif gate:
                 acc = acc * silu(load(gate, i * gate_row + e0))
             store(y, at, acc)
-        _copy(h, 0, LANES, h_last, b * N * E + e0, E, N)
+        if h_last:
+            _copy(h, 0, LANES, h_last, b * N * E + e0, E, N)
 
 
 @njit(inline="always")

@@ -46,7 +46,7 @@ class ScanResult(NamedTuple):
     """``y`` in the dtype of ``x``; states in float32 (float64 for float64 input)."""
 
     y: Float[torch.Tensor, "batch pos d_inner"]
-    final_state: Float[torch.Tensor, "batch d_inner d_state"]
+    final_state: Float[torch.Tensor, "batch d_inner d_state"] | None
     captured: Float[torch.Tensor, "batch channel capture d_state"] | None
 
 
@@ -65,6 +65,7 @@ class Options(NamedTuple):
     """The channels to capture as int64; None for all."""
     edits: StateEdits | None
     """With positions as an int64 array."""
+    return_last_state: bool
 
 
 def make_marks(
