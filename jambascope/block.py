@@ -64,7 +64,7 @@ class Block(nn.Module):
         else:
             out = self.hook_mixer_out(self.mixer(self.ln1(x), run, reads))
         _note_activation(run, out)
-        return (x if reads is None else x.index_select(1, reads)) + out
+        return _added(run, x if reads is None else x.index_select(1, reads), out)
 
     def feed(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """The second half, each position by itself: [B T D] -> [B T D], of whatever positions."""
@@ -73,7 +73,7 @@ class Block(nn.Module):
         x = self.hook_resid_mid(x)
         out = self.hook_mlp_out(self.mlp(self.ln2(x), run))
         _note_activation(run, out)
-        return x + out
+        return _added(run, x, out)
 
     def _step(self, x: torch.Tensor, run: Run) -> torch.Tensor | None:
         """One token through a Mamba-1 layer in one call, where ``decode`` can."""
@@ -121,6 +121,10 @@ class Block(nn.Module):
             if self.has_feed_forward:
                 piece += self.mlp(self.ln2(piece), part)
         return x
+
+
+def _added(run: Run, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return x.add_(out) if run.into_stream else x + out
 
 
 def _note_activation(run: Run, out: torch.Tensor) -> None:

@@ -198,6 +198,8 @@ class Run:
         self.piece_length: int | None = None
         """Positions that a layer takes at a time; None for all of them at once."""
         self.step_weights: dict[int, tuple[int, ...] | None] = {} if step_weights is None else step_weights
+        self.into_stream = False
+        """Whether layers may add to the very tensor that they are given."""
         self.packed_states: dict[int, torch.Tensor] | None = None
         """Mamba layer -> the states after packed rows, [row E N]; None where nobody wants them."""
         self._updates: dict[int, KeyValueState | MambaState] = {}

@@ -30,7 +30,7 @@ from jambascope.state import InferenceState, PickedMambaState, Run
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
-TOKENS_AT_ONCE = {"cpu": 8192}
+TOKENS_AT_ONCE = {"cpu": 6144}
 """Tokens of a batch, by device."""
 MOST_TOKENS = 1 << 16
 """On other devices."""
@@ -77,7 +77,9 @@ class Engine:
                 if mixed is not None:
                     x, together = _joined(x, mixed), self._with(together, more)
                 if x is not None:
-                    x = model.blocks[layer].feed(x, Run(1, x.shape[1], x.device, None, None))
+                    run = Run(1, x.shape[1], x.device, None, None)
+                    run.into_stream = True  # nobody else has it
+                    x = model.blocks[layer].feed(x, run)
                 for target, rows_of_target in by_target([row for row in joining if not self._entering[row.target]]):
                     more = self._together(rows_of_target)
                     within = self._after_layer(layer, target, more)
@@ -145,6 +147,7 @@ class Engine:
         memory = self.base.memory(model, layer, together.pair_of, packing.starts)
         state = InferenceState([memory] * model.config.n_layers)
         run = Run(1, x.shape[1], x.device, None, state, packing=packing)
+        run.into_stream = True
         return model.blocks[layer].mix(x, run, reads)
 
     def _after_layer(self, layer: int, target: int, together: Together) -> Float[torch.Tensor, "1 token d_model"]:
