@@ -18,7 +18,7 @@ from jambascope.devices import index_tensor
 from jambascope.hook_point import HookPoint
 from jambascope.kernels.packed import by_length, tokens_of
 from jambascope.packing import Packing
-from jambascope.state import Run
+from jambascope.state import PickedKeyValueState, Run
 
 
 class Attention(nn.Module):
@@ -73,10 +73,11 @@ class Attention(nn.Module):
         if self.rotary_base is not None:
             cos, sin = run.rotary(self.d_head, self.rotary_base, q.dtype)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        k, v = run.extend_keys(self.layer, k, v)
         shown = self._queries_shown(run.length)
+        if run.packing is None:
+            k, v = run.extend_keys(self.layer, k, v)
         if run.packing is not None:
-            z = self._attend_packed(q, k, v, run.packing)
+            z = self._attend_packed(q, k, v, run.state.layers[self.layer], run.packing)
         elif len(shown) == run.length:
             z = self._attend(q, k, v, run, shown)
         else:
@@ -96,25 +97,31 @@ class Attention(nn.Module):
             return self.hook_result(einsum(z, self.W_O, "b t h p, h p d -> b t h d")).sum(2)
         return self.o_proj(rearrange(z if reads is None else z.index_select(1, reads), "b t h p -> b t (h p)"))
 
-    def _attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """q [1 token H P]; k, v [row S K P] -> [1 token H P]: rows of about one length side by side."""
-        position, z = torch.arange(packing.length, device=q.device), torch.empty_like(q)
+    def _attend_packed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: PickedKeyValueState, packing: Packing
+    ) -> torch.Tensor:
+        """q [1 token H P]; k, v [1 token K P] -> [1 token H P]: rows of about one length side by side."""
+        length, z = packing.length, torch.empty_like(q)
+        position = torch.arange(length, device=q.device)
         for rows in by_length(packing.bounds):
             first = int(packing.starts[rows].min())
             tokens, _ = tokens_of(packing.bounds, rows)
-            row = np.repeat(np.arange(len(rows)), packing.length - packing.starts[rows])
-            place = index_tensor(row * (packing.length - first) + packing.position_of[tokens] - first, q.device)
-            tokens, rows = index_tensor(tokens, q.device), index_tensor(rows, q.device)
-            queries = q.new_zeros(len(rows), packing.length - first, *q.shape[2:])
-            queries.flatten(0, 1).index_copy_(0, place, q[0].index_select(0, tokens))
+            row, where = np.repeat(np.arange(len(rows)), length - packing.starts[rows]), packing.position_of[tokens]
+            queried = index_tensor(row * (length - first) + where - first, q.device)
+            written, tokens = index_tensor(row * length + where, q.device), index_tensor(tokens, q.device)
+            queries = q.new_zeros(len(rows), length - first, *q.shape[2:])
+            queries.flatten(0, 1).index_copy_(0, queried, q[0].index_select(0, tokens))
+            past = held.gathered(rows)
+            for every, new in ((past.keys, k), (past.values, v)):
+                every.flatten(0, 1).index_copy_(0, written, new[0].index_select(0, tokens).to(every.dtype))
             mixed = F.scaled_dot_product_attention(
                 queries.transpose(1, 2),
-                k.index_select(0, rows).transpose(1, 2),
-                v.index_select(0, rows).transpose(1, 2),
+                past.keys.transpose(1, 2),
+                past.values.transpose(1, 2),
                 attn_mask=position <= position[first:, None],
                 enable_gqa=self.n_heads != self.n_key_value_heads,
             )
-            z[0].index_copy_(0, tokens, mixed.transpose(1, 2).flatten(0, 1).index_select(0, place))
+            z[0].index_copy_(0, tokens, mixed.transpose(1, 2).flatten(0, 1).index_select(0, queried).to(z.dtype))
         return z
 
     def _queries_shown(self, length: int) -> Sequence[int]:

@@ -69,6 +69,19 @@ class MambaState:
 
 
 @dataclass
+class PickedKeyValueState(KeyValueState):
+    """Keys and values of all positions of some prompts, and which of these packed rows go on from. Only the runs of
+    packed rows take it."""
+
+    rows: np.ndarray
+
+    def gathered(self, some: slice | np.ndarray = slice(None)) -> KeyValueState:
+        """Those of each row by itself, or of some rows."""
+        rows = index_tensor(self.rows[some], self.keys.device)
+        return KeyValueState(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+
+@dataclass
 class PickedMambaState(MambaState):
     """The memory of packed rows among the entries of a larger one, -1 for a row that has seen nothing. Only the runs of
     packed rows take it."""
@@ -188,8 +201,8 @@ class Run:
     ) -> None:
         """``mask`` [B T] bool, True for tokens, or None when all are; ``state`` the memory to continue, or None;
         ``step_weights`` what layers found out about their parameters in earlier steps of one generation; ``packing``
-        the rows that this run's one sequence consists of, whose memory before their starts is ``state``: keys and
-        values of all positions, to be written over from there on."""
+        the rows that this run's one sequence consists of, whose memory before their starts ``state`` holds, as
+        :class:`PickedMambaState` and :class:`PickedKeyValueState`."""
         self.batch, self.length, self.device = batch, length, device
         self.state, self.auxiliary = state, auxiliary
         self.past = 0 if state is None else state.length
@@ -263,15 +276,11 @@ class Run:
         return cos.to(dtype), sin.to(dtype)
 
     def extend_keys(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of past and present positions, [B S K P]; of packed rows [row S K P]."""
+        """Keys and values of past and present positions, [B S K P]."""
         if self.state is None:
             return k, v
         past = self.state.layers[layer]
         assert isinstance(past, KeyValueState)
-        if self.packing is not None:
-            for held, new in ((past.keys, k), (past.values, v)):
-                held[self.packing.rows, self.packing.positions] = new[0].to(held.dtype)
-            return past.keys, past.values
         extended = past.appended(k, v, self.past)
         self._updates[layer] = extended
         end = self.past + self.length

@@ -25,7 +25,7 @@ from jambascope.hooks.sweep.patches import changed_stream, patch_hooks
 from jambascope.hooks.sweep.recorded import Base, Recording
 from jambascope.hooks.sweep.rows import Row, Together, by_target
 from jambascope.packing import Packing
-from jambascope.state import InferenceState, PickedMambaState, Run
+from jambascope.state import InferenceState, Run
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -181,9 +181,7 @@ class Engine:
         state = None
         if start:
             memory = self.base.memory(model, layer, together.pair_of, np.full(len(rows), start))
-            if isinstance(memory, PickedMambaState):
-                memory = memory.gathered()
-            state = InferenceState([memory] * model.config.n_layers, start)
+            state = InferenceState([memory.gathered()] * model.config.n_layers, start)
         model._clock.start, model._clock.length = start, x.shape[1]
         hooks = patch_hooks(model, self.base, self.source, self.targets[target], rows)
         with model.hooks(hooks):

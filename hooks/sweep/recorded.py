@@ -19,7 +19,7 @@ from jambascope.devices import index_tensor
 from jambascope.hook_point import At, HookPoint
 from jambascope.hooks.sweep.nodes import CONV_STATE, STATE
 from jambascope.kernels.selective_scan.shared import Inputs
-from jambascope.state import InferenceState, KeyValueState, MambaState, PickedMambaState
+from jambascope.state import InferenceState, KeyValueState, MambaState, PickedKeyValueState, PickedMambaState
 
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
@@ -176,14 +176,11 @@ class Base:
 
     def memory(
         self, model: HookedJamba, layer: int, prompts: np.ndarray, starts: np.ndarray
-    ) -> KeyValueState | PickedMambaState:
-        """What a layer remembers when each row, of one of the prompts, begins at one of ``starts``.
-
-        Keys and values are those of all positions, and the caller's to write into.
-        """
+    ) -> PickedKeyValueState | PickedMambaState:
+        """What a layer remembers when each row, of one of the prompts, begins at one of ``starts``."""
         if layer in self.keys:
-            rows, held = index_tensor(prompts, model.device), self.keys[layer]
-            return KeyValueState(*(m[:, : self.length].index_select(0, rows) for m in (held.keys, held.values)))
+            held = self.keys[layer]
+            return PickedKeyValueState(held.keys[:, : self.length], held.values[:, : self.length], prompts)
         mixer = model.config.mixers[layer]
         nothing, none = MambaState.create(model.config, mixer, 1, model.device, model.dtype), np.full(len(starts), -1)
         if not starts.any():
