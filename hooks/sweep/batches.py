@@ -44,15 +44,16 @@ def measured(engine: Engine, measure: Measure, rows: Sequence[Row]) -> Iterator[
 
 
 def _batches(engine: Engine, rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
-    """At most so many rows, and tokens, together."""
-    batch: list[Row] = []
-    room = tokens = tokens_at_once(engine.model)
+    """At most so many rows together, in batches of equally many tokens."""
     lengths = engine.base.length - engine.base.starts_of([row.positions[0] for row in rows])
+    share = lengths.sum() / max(1, round(lengths.sum() / tokens_at_once(engine.model)))
+    batch: list[Row] = []
+    room = share
     for row, length in zip(rows, lengths, strict=True):
-        if batch and (length > room or len(batch) == most):
-            yield batch
-            batch, room = [], tokens
         batch.append(row)
         room -= length
+        if room <= 0 or len(batch) == most:
+            yield batch
+            batch, room = [], share
     if batch:
         yield batch

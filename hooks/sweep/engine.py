@@ -30,8 +30,8 @@ from jambascope.state import InferenceState, Run
 if TYPE_CHECKING:
     from jambascope.model import HookedJamba
 
-TOKENS_AT_ONCE = {"cpu": 6144}
-"""Tokens of a batch, by device."""
+TOKENS_AT_ONCE = {"cpu": 8192}
+"""Tokens of a batch, about, by device."""
 MOST_TOKENS = 1 << 16
 """On other devices."""
 NEAR = 8

@@ -85,6 +85,7 @@ def test_what_is_kept_stays_within_the_budget(name, times, model_of_kind, monkey
     model, sweep, kept, calls = model_of_kind("hybrid"), SWEEPS[name], [], []
     whole = sweep(model, progress=False)
     budget = int(times * least(sweep, model))
+    gc.collect()  # or addresses of what is garbage now would be taken again, and not be counted
     original, before = Engine.logits, held()
 
     def logits(self, rows):
@@ -93,10 +94,10 @@ def test_what_is_kept_stays_within_the_budget(name, times, model_of_kind, monkey
             kept.append(sum(size for at, size in held().items() if at not in before))
         return original(self, rows)
 
-    gc.collect()
     monkeypatch.setattr(Engine, "logits", logits)
     little = sweep(model, progress=False, max_bytes=budget)
-    assert little.complete and 0.2 * budget < max(kept) <= budget
+    tokens = 2 * PAIRS * torch.long.itemsize  # that the metric asks about
+    assert little.complete and 0.2 * budget < max(kept) <= budget + tokens
     for of_node, values in whole.values.items():
         np.testing.assert_allclose(little.values[of_node], values, rtol=1e-9)
     np.testing.assert_allclose(little.clean, whole.clean, rtol=1e-9)
