@@ -68,7 +68,8 @@ def _compile_kernels(device: str | None) -> None:
             for tokens in (1, 512):
                 model(torch.zeros(1, tokens, dtype=torch.long))
             model.run_with_cache(torch.zeros(1, 2, dtype=torch.long))
-            patch_sweep(model, torch.tensor([1, 2]), torch.tensor([1, 3]), logit_difference(5, 6), progress=False)
+            clean = torch.arange(1, 33)  # so long that rows go on from what the base run's scan read
+            patch_sweep(model, clean, clean.flip(0), logit_difference(5, 6), progress=False)
 
 
 def _check_port(port: int) -> None:
