@@ -342,7 +342,7 @@ def test_a_metric_that_fails_at_a_cell_keeps_what_is_done(model_of_kind, monkeyp
         calls.append(len(logits))
         return logits[:, 0, 5] * (float("nan") if len(calls) == 6 else 1.0)
 
-    with pytest.raises(SweepError, match=r"odd is nan at resid_pre, pair \d, layer \d, position \d") as error:
+    with pytest.raises(SweepError, match="odd is nan at resid_pre, pair 1, layer 0, position 2") as error:
         patch_sweep(model, *pairs(), odd, progress=False)
     assert error.value.result.values["resid_pre"].notnull().any()
 
