@@ -41,6 +41,7 @@ from jambascope.kernels.vectors import (
 )
 
 ZERO = np.float32(0.0)
+ONE = np.float32(1.0)
 FLOAT = 4
 LN2 = np.float32(0.6931471805599453)
 
@@ -118,8 +119,12 @@ def _forward(
         skip = load(D, e0)
         first_slot, slots = _captured_lanes(channel_at, e0) if capture_slot and channel_slot else (0, 0)
         first, last = read(bound, b), read(bound, b + 1)
+        # The next position's step size and this one's gate are begun before the states, which then need not wait.
+        following = _step(dt, first * E + e0, bias, dt_softplus) if first < last else splat(ZERO)
         for i in range(first, last):
             t = i - first
+            step, following = following, _step(dt, min(i + 1, last - 1) * E + e0, bias, dt_softplus)
+            opened = silu(load(gate, i * gate_row + e0)) if gate else splat(ONE)
             if checkpoints and t % chunk == 0:
                 _copy(h, 0, LANES, checkpoints, (b * chunks + t // chunk) * N * E + e0, E, N)
             at, at_n = i * E + e0, i * N
@@ -129,9 +134,6 @@ def _forward(
                 h[:] = ZERO
             acc = skip * load(x, at)
             if not padding:
-                step = load(dt, at) + bias
-                if dt_softplus:
-                    step = softplus(step)
                 write = step * load(x, at)
                 for n in range(N):
                     v = exp2(step * load(a, n * LANES)) * load(h, n * LANES) + write * read(B, at_n + n)
@@ -151,10 +153,16 @@ def _forward(
             if padding:
                 acc = splat(ZERO)
             elif gate:
-                acc = acc * silu(load(gate, i * gate_row + e0))
+                acc = acc * opened
             store(y, at, acc)
         if h_last:
             _copy(h, 0, LANES, h_last, b * N * E + e0, E, N)
+
+
+@njit(inline="always")
+def _step(dt, at, bias, dt_softplus):
+    step = load(dt, at) + bias
+    return softplus(step) if dt_softplus else step
 
 
 @njit(inline="always")
