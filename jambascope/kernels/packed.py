@@ -99,7 +99,7 @@ def tokens_of(bounds: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def side_by_side(
-    run: Callable[[list[torch.Tensor], list[torch.Tensor | None], np.ndarray], tuple[torch.Tensor, ...]],
+    run: Callable[[list[torch.Tensor], list[torch.Tensor | None]], tuple[torch.Tensor, ...]],
     over_time: Sequence[Float[torch.Tensor, "1 pos ..."]],
     of_rows: Sequence[Float[torch.Tensor, "row ..."] | None],
     bounds: np.ndarray,
@@ -107,22 +107,22 @@ def side_by_side(
     """What ``run`` gives for packed rows, which it takes side by side, some of about one length at a time.
 
     Args:
-        run: of tensors [some longest ...], padded with zeros after each row's last position, of what those rows have,
-            [some ...], and of their lengths; gives a tensor over time, and any number of tensors with a row for each.
+        run: of tensors [some longest ...], padded with zeros after each row's last position, and of what those rows
+            have, [some ...]; gives a tensor over time, and any number of tensors with a row for each.
     """
     device, groups, found = over_time[0].device, by_length(bounds), []
     all_tokens = []
     for rows in groups:
         tokens, places = tokens_of(bounds, rows)
         all_tokens.append(tokens)
-        lengths, at = np.diff(bounds)[rows], index_tensor(places, device)
+        longest, at = int(np.diff(bounds)[rows].max()), index_tensor(places, device)
         which = index_tensor(tokens, device)
         wide = []
         for x in over_time:
-            empty = x.new_zeros(len(rows) * int(lengths.max()), *x.shape[2:])
+            empty = x.new_zeros(len(rows) * longest, *x.shape[2:])
             wide.append(empty.index_copy(0, at, x[0].index_select(0, which)).unflatten(0, (len(rows), -1)))
         own = [None if v is None else v.index_select(0, index_tensor(rows, device)) for v in of_rows]
-        out, *rest = run(wide, own, lengths)
+        out, *rest = run(wide, own)
         found.append((out.flatten(0, 1).index_select(0, at), *rest))
     orders = [np.concatenate(all_tokens)] + [np.concatenate(groups)] * (len(found[0]) - 1)
     out, *rest = (

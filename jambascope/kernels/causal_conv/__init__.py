@@ -16,13 +16,7 @@ from jaxtyping import Bool, Float
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels.causal_conv import cpu, reference, triton
 from jambascope.kernels.causal_conv.interface import neighbours, next_past
-from jambascope.kernels.packed import (
-    checked_bounds,
-    checked_rows,
-    picked,
-    refuse_packed,
-    side_by_side,
-)
+from jambascope.kernels.packed import checked_bounds, checked_rows, picked, refuse_packed, side_by_side
 from jambascope.kernels.plain import is_plain, wants_gradient
 from jambascope.kernels.triton_runtime import can_launch
 
@@ -79,7 +73,7 @@ def causal_conv1d(
         return cpu.causal_conv1d(x, weight, bias, past, silu, None, bounds, past_rows)
     past = past if past_rows is None else picked(past, past_rows)
     (out,) = side_by_side(
-        lambda wide, own, _: (chosen.causal_conv1d(wide[0], weight, bias, own[0], silu, None),), [x], [past], bounds
+        lambda wide, own: (chosen.causal_conv1d(wide[0], weight, bias, own[0], silu, None),), [x], [past], bounds
     )
     return out
 

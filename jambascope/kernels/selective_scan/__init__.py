@@ -14,18 +14,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 
-from jambascope.devices import index_tensor
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels import triton_runtime
-from jambascope.kernels.packed import (
-    checked_bounds,
-    checked_rows,
-    picked,
-    refuse_packed,
-    side_by_side,
-)
+from jambascope.kernels.packed import checked_bounds, checked_rows, picked, refuse_packed, side_by_side
 from jambascope.kernels.plain import is_plain, wants_gradient
 from jambascope.kernels.selective_scan.interface import (
     Options,
@@ -123,17 +117,21 @@ def selective_scan(
 
 
 def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray, initial_rows) -> ScanResult:
-    """Rows of different lengths: by the loops themselves, or side by side, where what follows a row does not reach its
-    outputs and leaves its state as it was."""
+    """Rows of different lengths: by the loops themselves, or side by side, where what follows a row has a step of 0 and
+    leaves its state as it was."""
     tensors = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state)
     if scan.__module__ == f"{__name__}.cpu" and not wants_gradient(*tensors):
         return scan(x, dt, A, B, C, D, options, bounds, initial_rows)
     initial_state = options.initial_state if initial_rows is None else picked(options.initial_state, initial_rows)
+    if options.dt_softplus or options.dt_bias is not None:
+        dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+        dt = dt if options.dt_bias is None else dt + options.dt_bias.to(dt.dtype)
+        dt = F.softplus(dt) if options.dt_softplus else dt
+    options = options._replace(dt_bias=None, dt_softplus=False)
 
-    def run(over_time, of_rows, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(over_time, of_rows) -> tuple[torch.Tensor, torch.Tensor]:
         x, dt, B, C, *gate = over_time
-        mask = torch.arange(x.shape[1], device=x.device) < index_tensor(lengths, x.device)[:, None]
-        own = dict(gate=gate[0] if gate else None, initial_state=of_rows[0], marks=make_marks(mask, None))
+        own = dict(gate=gate[0] if gate else None, initial_state=of_rows[0])
         return scan(x, dt, A, B, C, D, options._replace(**own))[:2]
 
     over_time = [x, dt, B, C] if options.gate is None else [x, dt, B, C, options.gate]

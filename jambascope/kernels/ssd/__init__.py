@@ -94,7 +94,7 @@ def ssd(
         scan = partial(chunked.ssd, chunk_size=chunk_size or chunked.CHUNK)
     if bounds is not None:  # what follows a row has a step of 0, and leaves its state as it was
 
-        def run(over_time, of_rows, _) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(over_time, of_rows) -> tuple[torch.Tensor, torch.Tensor]:
             x, dt, B, C = over_time
             return scan(x, dt, A, B, C, D, of_rows[0], None, None, None)[:2]
 
