@@ -1,8 +1,9 @@
 """What a sweep keeps, in bytes, before any of it is kept, and how many prompt pairs at a time that leaves room for.
 
 Kept of the base run: the stream that enters each layer, keys and values, the states of Mamba layers where rows start
-and, where there is room, what their scans read; of both: the values that are patched, and the logits that metrics read,
-those of all pairs throughout. What a batch computes comes on top and is gone with it (``engine.TOKENS_AT_ONCE``).
+and, where there is room, what their scans read; of both: the values that are patched, and of all pairs throughout the
+logits that metrics read and the ids of their tokens. What a batch computes comes on top and is gone with it
+(``engine.TOKENS_AT_ONCE``).
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ def room(question: Question, max_bytes: int, need: Need, what: str) -> Room:
     Raises:
         InputError: not one.
     """
-    free = max_bytes - logits_bytes(question)
+    free = max_bytes - measure_bytes(question)
     if need.of_pair > free:
         least = max_bytes - free + need.of_pair
         raise InputError(
             f"max_bytes={max_bytes} is too little: {what} keeps {least} bytes with one pair at a time, "
-            f"{max_bytes - free} of them logits of all {question.pairs}; give max_bytes={least} or more, shorter "
+            f"{max_bytes - free} of them for the metrics of all {question.pairs}; give max_bytes={least} or more, shorter "
             "prompts, fewer pairs, or fewer positions to patch or to read"
         )
     pairs = min(question.pairs, max(1, free // need.whole))
@@ -79,10 +80,11 @@ def room(question: Question, max_bytes: int, need: Need, what: str) -> Room:
     return Room(pairs, states, free - pairs * (need.of_pair + states * need.of_state))
 
 
-def logits_bytes(question: Question) -> int:
-    """Both runs' logits where metrics read, of all pairs."""
+def measure_bytes(question: Question) -> int:
+    """Both runs' logits where metrics read, of all pairs, and the ids of the tokens that metrics ask about."""
     model = question.model
-    return 2 * question.pairs * len(question.all_reads) * model.config.d_vocab * model.dtype.itemsize
+    ids = sum(of.untyped_storage().nbytes() for metric in question.token_ids.values() for of in metric.values())
+    return ids + 2 * question.pairs * len(question.all_reads) * model.config.d_vocab * model.dtype.itemsize
 
 
 def values_bytes(model: HookedJamba, wanted: Mapping[str, Sequence[int]], length: int) -> int:
@@ -163,7 +165,7 @@ class Needs:
         Raises:
             InputError: one pair and one target do not.
         """
-        free = max_bytes - logits_bytes(self.question)
+        free = max_bytes - measure_bytes(self.question)
         groups: list[list[int]] = [sorted(self._of, key=lambda i: self.targets[i].layer)]
         if self.need(groups[0]).whole > free:
             ordered, groups = groups[0], [[]]

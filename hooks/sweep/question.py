@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -73,6 +74,15 @@ class Question:
         """Ascending."""
         return tuple(sorted({p for reads in self.reads.values() for p in reads}))
 
+    @cached_property
+    def token_ids(self) -> dict[str, dict[str, Int[torch.Tensor, "pair ..."]]]:
+        """Of each metric.
+
+        Raises:
+            InputError: tokens that do not exist.
+        """
+        return {m.name: token_ids(self.model, m, self.pairs) for m in self.metrics}
+
     @property
     def pairs(self) -> int:
         return len(self.base)
@@ -107,7 +117,7 @@ class Measure:
             for _ in range(2)
         )
         """The logits of both runs at the positions that the metrics read, in order; NaN before ``add``."""
-        self._ids = {m.name: token_ids(model, m, question.pairs) for m in question.metrics}
+        self._ids = question.token_ids
         self._places = {m.name: [reads.index(p) for p in question.reads[m.name]] for m in question.metrics}
 
     def __call__(
