@@ -70,8 +70,8 @@ def room(question: Question, max_bytes: int, need: Need, what: str) -> Room:
         least = max_bytes - free + need.of_pair
         raise InputError(
             f"max_bytes={max_bytes} is too little: {what} keeps {least} bytes with one pair at a time, "
-            f"{max_bytes - free} of them for the metrics of all {question.pairs}; give max_bytes={least} or more, shorter "
-            "prompts, fewer pairs, or fewer positions to patch or to read"
+            f"{max_bytes - free} of them for the metrics of all {question.pairs}; give max_bytes={least} or more, "
+            "shorter prompts, fewer pairs, or fewer positions to patch or to read"
         )
     pairs = min(question.pairs, max(1, free // need.whole))
     states = need.states
