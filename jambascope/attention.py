@@ -73,29 +73,32 @@ class Attention(nn.Module):
         if self.rotary_base is not None:
             cos, sin = run.rotary(self.d_head, self.rotary_base, q.dtype)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        shown = self._queries_shown(run.length)
         if run.packing is None:
-            k, v = run.extend_keys(self.layer, k, v)
-        if run.packing is not None:
-            z = self._attend_packed(q, k, v, run.state.layers[self.layer], run.packing)
-        elif len(shown) == run.length:
-            z = self._attend(q, k, v, run, shown)
+            z = self._attend(q, *run.extend_keys(self.layer, k, v), run)
         else:
-            z = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=run.attention_mask,
-                is_causal=run.attention_is_causal,
-                enable_gqa=self.n_heads != self.n_key_value_heads,
-            ).transpose(1, 2)
-            if shown:
-                rows = index_tensor(shown, q.device)
-                z = z.index_copy(1, rows, self._attend(q.index_select(1, rows), k, v, run, shown))
+            z = self._attend_packed(q, k, v, run.state.layers[self.layer], run.packing)
         z = self.hook_z(z)
         if self.hook_result.heard:
             return self.hook_result(einsum(z, self.W_O, "b t h p, h p d -> b t h d")).sum(2)
         return self.o_proj(rearrange(z if reads is None else z.index_select(1, reads), "b t h p -> b t (h p)"))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run) -> torch.Tensor:
+        """q [B T H P]; k, v [B S K P] -> [B T H P]."""
+        shown = self._queries_shown(run.length)
+        if len(shown) == run.length:
+            return self._attend_openly(q, k, v, run, shown)
+        z = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=run.attention_mask,
+            is_causal=run.attention_is_causal,
+            enable_gqa=self.n_heads != self.n_key_value_heads,
+        ).transpose(1, 2)
+        if not shown:
+            return z
+        rows = index_tensor(shown, q.device)
+        return z.index_copy(1, rows, self._attend_openly(q.index_select(1, rows), k, v, run, shown))
 
     def _attend_packed(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: PickedKeyValueState, packing: Packing
@@ -130,7 +133,7 @@ class Attention(nn.Module):
         wanted = {q for point in points for q in point.wanted(length)}
         return range(length) if len(wanted) == length else sorted(wanted)
 
-    def _attend(
+    def _attend_openly(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, queries: Sequence[int]
     ) -> torch.Tensor:
         """The same attention with its scores and pattern laid open; q at ``queries`` of this call."""

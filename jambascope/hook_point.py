@@ -103,10 +103,10 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
                     del hooks[i]
             raise
 
-    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+    def remove_hooks(self, dir: str = "fwd", *args: Any, **kwargs: Any) -> None:
         """As TransformerLens's, which takes longer where there are none than a small layer does."""
-        if self.fwd_hooks or self.bwd_hooks:
-            super().remove_hooks(*args, **kwargs)
+        if self.fwd_hooks or self.bwd_hooks or dir not in ("fwd", "bwd", "both"):
+            super().remove_hooks(dir, *args, **kwargs)
 
 
 class At:
