@@ -1,10 +1,10 @@
-"""Says what a first compile is doing, so that a pause of some seconds is not mistaken for a hang."""
+"""Says when a kernel is compiled, so that a pause of seconds is not mistaken for a hang; none is of older source."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,29 @@ def announce_first_compile(kernel: Any) -> None:
 
 def _announce(function: Callable, cache_path: str) -> None:
     name, folder = f"{function.__module__}.{function.__name__}", Path(cache_path)
+    drop_stale(folder)
     in_file = function.__qualname__.replace("<", "").replace(">", "")  # as numba writes it
     stem = f"{function.__module__.rpartition('.')[2]}.{in_file}-"
     if not any(p.name.startswith(stem) and p.suffix == ".nbi" for p in folder.glob("*.nbi")):
         log.warning("compiling the CPU kernel %s (once, some seconds; cached in %s)", name, folder)
+
+
+def drop_stale(folder: Path) -> None:
+    """Have kernels of a cache folder compiled anew that are older than any kernel's source.
+
+    numba compares a kernel with the file that it stands in, and not with those whose functions are compiled into it.
+    """
+    for index in folder.glob("*.nbi"):
+        try:
+            if index.stat().st_mtime < _newest_source():
+                index.unlink()
+        except OSError:  # another process was faster, or the folder is not ours to write in
+            continue
+
+
+@cache
+def _newest_source() -> float:
+    return max(path.stat().st_mtime for path in Path(__file__).parent.rglob("*.py"))
 
 
 class NativeTask:

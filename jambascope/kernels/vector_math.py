@@ -37,12 +37,10 @@ def exp2(v):
     v = min(max(v, np.float32(-126.0)), np.float32(126.0))
     whole = np.floor(v + np.float32(0.5))
     r = v - whole
-    p = np.float32(0.00015345811600619055)
-    p = p * r + np.float32(0.0013399931216376557)
-    p = p * r + np.float32(0.009618488958620415)
-    p = p * r + np.float32(0.05550328776974151)
-    p = p * r + np.float32(0.24022646890620056)
-    p = p * r + np.float32(0.6931472057372625)
+    s = r * r  # as in vectors.py
+    p = r * np.float32(0.00015345811600619055) + np.float32(0.0013399931216376557)
+    p = p * s + (r * np.float32(0.009618488958620415) + np.float32(0.05550328776974151))
+    p = p * s + (r * np.float32(0.24022646890620056) + np.float32(0.6931472057372625))
     p = p * r + np.float32(1.0)
     return p * _float_from_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
 
