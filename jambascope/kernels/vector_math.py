@@ -33,15 +33,17 @@ def _divide(typingctx, a, b):
 
 @njit(inline="always", fastmath=FAST)
 def exp2(v):
-    """2**v to 1.2e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
+    """2**v to 1e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
     v = min(max(v, np.float32(-126.0)), np.float32(126.0))
     whole = np.floor(v + np.float32(0.5))
     r = v - whole
-    s = r * r  # as in vectors.py
-    p = r * np.float32(0.0013399931216376557) + np.float32(0.009618488958620415)
-    p = s * np.float32(0.00015345811600619055) + p
-    p = p * s + (r * np.float32(0.05550328776974151) + np.float32(0.24022646890620056))
-    p = p * s + (r * np.float32(0.6931472057372625) + np.float32(1.0))
+    p = np.float32(0.00015345811600619055)
+    p = p * r + np.float32(0.0013399931216376557)
+    p = p * r + np.float32(0.009618488958620415)
+    p = p * r + np.float32(0.05550328776974151)
+    p = p * r + np.float32(0.24022646890620056)
+    p = p * r + np.float32(0.6931472057372625)
+    p = p * r + np.float32(1.0)
     return p * _float_from_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 

@@ -226,15 +226,16 @@ def aligned(size):
 
 @njit(inline="always")
 def exp2(v):
-    """2**v to 1.2e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
+    """2**v to 1e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
     v = minimum(maximum(v, np.float32(-126.0)), np.float32(126.0))
     shifted = v + np.float32(12582912.0)  # 1.5 * 2**23: the sum's last bit is worth one
     r = v - (shifted - np.float32(12582912.0))
-    s = r * r  # by pairs of terms: fewer multiply-adds wait for one another than in Horner's scheme
-    p = r * np.float32(0.0013399931216376557) + np.float32(0.009618488958620415)
-    p = s * np.float32(0.00015345811600619055) + p
-    p = p * s + (r * np.float32(0.05550328776974151) + np.float32(0.24022646890620056))
-    p = p * s + (r * np.float32(0.6931472057372625) + np.float32(1.0))
+    p = r * np.float32(0.00015345811600619055) + np.float32(0.0013399931216376557)
+    p = p * r + np.float32(0.009618488958620415)
+    p = p * r + np.float32(0.05550328776974151)
+    p = p * r + np.float32(0.24022646890620056)
+    p = p * r + np.float32(0.6931472057372625)
+    p = p * r + np.float32(1.0)
     return _times_power_of_two(p, shifted)
 
 
