@@ -34,3 +34,16 @@ def fake_cuda():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.fake_cuda
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All browser tests go to one process, a file of the others at a time to whichever is free: two servers and two
+    browsers would each compile every kernel, and wait for one another."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "browser" if nodeid.startswith("tests/browser/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
