@@ -39,9 +39,13 @@ def read_table(path: Path) -> pa.Table:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """As safetensors."""
+    """As safetensors, whose errors of the disk are made ``OSError``."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    except SafetensorError as e:
+        raise OSError(str(e)) from e
     os.replace(temporary, path)

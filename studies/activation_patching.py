@@ -61,8 +61,6 @@ class PatchingSpec(Spec):
 
     @model_validator(mode="after")
     def _given_whole(self) -> PatchingSpec:
-        if not self.components or len(set(self.components)) < len(self.components):
-            raise ValueError(f"components={','.join(self.components)}: give at least one, each once")
         given = [name for name in ("clean", "corrupted", "answer", "wrong") if getattr(self, name)]
         if len(given) not in (0, 4):
             raise ValueError(f"only {', '.join(given)} given; prompts of yours need clean, corrupted, answer and wrong")

@@ -23,8 +23,7 @@ SHIFTED, OTHER_FILLER = "change of loss by a shift", "change of loss by other fi
 def windows(spec: PositionalSpec) -> list[tuple[int, int, float]]:
     """First and last position, and the length in trained ones that the last lies at: quarters of the trained length,
     then between the factors."""
-    quarter = spec.trained // 4
-    parts = [(i * quarter, (i + 1) * quarter, (i + 1) / 4) for i in range(4)]
+    parts = [(spec.trained * i // 4, spec.trained * (i + 1) // 4, (i + 1) / 4) for i in range(4)]
     return parts + [(spec.trained * a, spec.trained * b, float(b)) for a, b in itertools.pairwise(spec.factors)]
 
 
@@ -65,6 +64,7 @@ def _paired(rows: pd.DataFrame, measure_: str, x: float, against: float | None =
         keys = ["model", "recipe", "seed", "sample"]
         other = rows[(rows.measure == measure_) & (rows.x == against)]
         own = (own.set_index(keys)["value"] - other.set_index(keys)["value"]).reset_index().assign(measure=measure_)
+    own = own.dropna(subset="value")
     (line,) = [line for _, line in summarize(own, [measure_], ()).iterrows()]
     values = by_sample(own)
     return line, sign_flip_p(torch.tensor(values.to_numpy()))
@@ -83,8 +83,8 @@ def _reading_of(spec: Any, rows: pd.DataFrame, recipe: str) -> str:
     said = ", ".join(f"{number(*line[ENDS], 3)} at {_before(spec, end)}-{end}" for end, line, _ in found)
     last, n = spec.trained, int(found[0][1].n) if found else 0
     words = (
-        f"{recipe}: it {verdict}: loss less that at positions {last - last // 4}-{last}, {plural(n, 'prompt')}: {said} "
-        "nats (p < 0.05 after Holm where it is called worse)."
+        f"{recipe}: it {verdict}: loss less that at positions {_before(spec, last)}-{last}, {plural(n, 'prompt')}: "
+        f"{said} nats (p < 0.05 after Holm where it is called worse)."
     )
     words += " " + _falls(rows, REPEATED, spec.repeats, "repeating random tokens", "tokens", FIRST_TIME)
     if (rows.measure == RECALL).any():

@@ -64,11 +64,9 @@ class MemorySpec(Spec):
 def check(spec: MemorySpec, config: JambaConfig, directory: Path) -> None:
     if not config.ssm_layers:
         raise ConfigError("it has no Mamba layers, so it has no states; leave it out")
-    if not spec.asked or len(set(spec.asked)) < len(spec.asked):
-        raise ConfigError(f"asked={spec.asked}: give at least one, each once")
     for name, values in (("distances", spec.distances), ("windows", spec.windows)):
-        if not values or min(values) < 1 or len(set(values)) < len(values):
-            raise ConfigError(f"{name}={values}: give whole numbers of at least 1, each once")
+        if min(values) < 1:
+            raise ConfigError(f"{name}={values}: give whole numbers of at least 1")
     longest = max(2 * spec.length, max(spec.distances)) + 3
     if longest > config.n_ctx:
         raise ConfigError(f"length={spec.length} and distances={spec.distances} exceed its context of {config.n_ctx}")

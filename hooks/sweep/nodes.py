@@ -49,9 +49,12 @@ class Node:
     window: int | None = None
     """Of ``ssm_state``: read-outs that see the patch; after them the state is that of the unpatched run again."""
     conv: bool = False
-    """Of ``ssm_state``: the last inputs of the convolution are patched too."""
+    """Of ``ssm_state``: the last inputs of the convolution are patched too. What they change comes after the position,
+    so that a window of 1 read-out sees none of it."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.component, str):
+            raise InputError(f"component={self.component!r} must be a component's name, as 'resid_pre'")
         for name, value in (("channels", self.channels), ("window", self.window)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InputError(f"{name}={value!r} must be a whole number of at least 1")
@@ -170,9 +173,11 @@ def distinct(field: str, given: str | Node | Iterable[str | Node]) -> list[str |
     """One or several of what a sweep is about, as a list.
 
     Raises:
-        InputError: none, or one twice.
+        InputError: none, one twice, or something else.
     """
-    found = [given] if isinstance(given, (str, Node)) else list(given)
+    found = [given] if isinstance(given, (str, Node)) or not isinstance(given, Iterable) else list(given)
+    if wrong := [one for one in found if not isinstance(one, (str, Node))]:
+        raise InputError(f"{field}={wrong[0]!r} must be a component's name, as 'resid_pre', or a Node")
     if not found:
         raise InputError(f"{field}=[] holds nothing; give at least one")
     names = [one.name if isinstance(one, Node) else one for one in found]

@@ -155,8 +155,10 @@ class PatchSweep(Effects):
             metric: the first when None.
 
         Raises:
-            InputError: no such metric.
+            InputError: no such metric, or ``k`` below 1.
         """
+        if not isinstance(k, int) or k < 1:
+            raise InputError(f"k={k!r} must be a whole number of at least 1")
         names = self.clean.metric.values.tolist()
         if metric is not None and metric not in names:
             raise InputError(f"metric={metric!r} was not measured; this sweep has {', '.join(names)}")

@@ -71,9 +71,10 @@ def _result(ray: Any, done: Any, cell: Cell) -> tuple[Found, float]:
         return ray.get(done)
     except ray.exceptions.RayTaskError as e:
         raise (e.cause if isinstance(e.cause, Exception) else e) from None
-    except ray.exceptions.WorkerCrashedError:
+    except ray.exceptions.RayError as e:  # a worker or its node is gone, or was killed for memory
         raise RunError(
-            f"the workers of the cell {cell} died {RETRIES + 1} times (memory?); finished cells are kept"
+            f"the workers of the cell {cell} died {RETRIES + 1} times ({type(e).__name__}; memory?); "
+            "finished cells are kept"
         ) from None
 
 

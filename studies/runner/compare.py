@@ -17,7 +17,7 @@ from jambascope.studies.runner.directory import RunDirectory
 from jambascope.studies.runner.run import read
 from jambascope.studies.runner.spec import Spec, as_text
 from jambascope.studies.runner.study import Study
-from jambascope.studies.runner.summary import as_tensor, samples_of
+from jambascope.studies.runner.summary import as_tensor, of_agreeing_hits, samples_of
 from jambascope.studies.zoo.summary import hierarchical_draws
 
 ABOUT = (
@@ -74,17 +74,19 @@ def compare(first: Path, second: Path, tell: Callable[[float, str], bool] = lamb
     common = []
     for measure in study.headline:
         own, other = (samples_of(frame[frame.measure == measure], study.by) for frame in (rows, other_rows))
-        common += [(key, own[key], other[key]) for key in own if key in other]
+        kinds = rows.loc[rows.measure == measure, "kind"] if "kind" in rows else []
+        kind = next(iter(kinds), None)
+        common += [(key, kind, own[key], other[key]) for key in own if key in other]
     if not common:
         raise RunError(
             f"{first} and {second} have no number in common: recipes are {', '.join(lone[0])} and {', '.join(lone[1])}"
         )
     lines = []
-    for i, (key, *samples) in enumerate(common):
+    for i, (key, kind, *samples) in enumerate(common):
         line = dict(zip(("recipe", "measure", *study.by), key, strict=True))
         if not tell(i / len(common), f"drawing samples: {line['measure']}"):
             return None
-        lines.append(line | _difference(*map(_by_weights, samples, weights)))
+        lines.append(line | _difference(*map(_by_weights, samples, weights), kind))
     return Comparison(study, directories, (spec, other_spec), pd.DataFrame(lines))
 
 
@@ -93,8 +95,8 @@ def _by_weights(values: pd.DataFrame, weights: dict[str, str]) -> pd.DataFrame:
     return values.rename(index=weights).sort_index()
 
 
-def _difference(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float | str]:
-    """Means of both, and the second's less the first's with its interval."""
+def _difference(first: pd.DataFrame, second: pd.DataFrame, kind: str | None = None) -> dict[str, float | str]:
+    """Means of both, and the second's less the first's with its interval; ``kind`` as rows say it."""
     same_samples = set(first.columns) == set(second.columns)
     same_trainings = list(first.index) == list(second.index)
     a, b = as_tensor(first), as_tensor(second[list(first.columns)] if same_samples else second)
@@ -104,7 +106,10 @@ def _difference(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float | 
     else:
         drawn = hierarchical_draws(b) - hierarchical_draws(a, 0 if same_samples else 1, of_seeds=2)
     low, high = (end.item() for end in percentiles(drawn))
-    few = min(a.shape[1], b.shape[1]) < 2
+    n = min(a.shape[1], b.shape[1])
+    if kind in ("hit", "change of hits"):
+        low, high = of_agreeing_hits(means[1] - means[0], low, high, n)
+    few = n < 2
     pairing = " and ".join(["samples"] * same_samples + ["trainings"] * same_trainings)
     return {
         "first": means[0],

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from jambascope.errors import ConfigError
 
@@ -32,12 +32,15 @@ class Spec(BaseModel):
     )
     seeds: tuple[int, ...] = Field((0,), description="Of the prompts; each draws its own.")
 
-    @field_validator("models", "seeds")
+    @field_validator("*")
     @classmethod
-    def _some_each_once(cls, values: tuple) -> tuple:
-        if not values or len(set(values)) < len(values):
-            raise ValueError("give at least one, each once")
-        return values
+    def _some_each_once(cls, value: Any, info: ValidationInfo) -> Any:
+        """Of every field of several values; none only where that is the default."""
+        if isinstance(value, tuple):
+            missing = not value and cls.model_fields[info.field_name].default != ()
+            if missing or len(set(value)) < len(value):
+                raise ValueError("give at least one, each once")
+        return value
 
     @field_validator("seeds")
     @classmethod

@@ -24,13 +24,15 @@ Key = tuple
 def samples_of(rows: pd.DataFrame, by: Sequence[str], pooled: str = "recipe") -> dict[Key, pd.DataFrame]:
     """For every recipe, measure and combination of labels its values: trainings down, (seed, sample) across.
 
+    A label that no row has, since what it tells apart was not measured, is absent from all.
+
     Args:
         pooled: ``"recipe"``, or ``"model"`` for every training by itself.
 
     Raises:
         RunError: two rows that agree in all of it.
     """
-    found = {}
+    found, rows = {}, rows.reindex(columns=rows.columns.union([*by], sort=False))
     for key, part in rows.groupby([pooled, "measure", *by], sort=False, dropna=False):
         index = ["model", "seed", "sample"]
         if part.duplicated(index).any():
@@ -62,10 +64,17 @@ def summarize(rows: pd.DataFrame, measures: Sequence[str], by: Sequence[str], po
 
 def _estimate(values: Float[torch.Tensor, "training sample 1 1"], kind: str | None) -> tuple[float, ...]:
     mean, low, high, n = (part.item() for part in estimate(values, hits=kind == "hit"))
-    if kind == "change of hits" and low == high:  # as far as a change that no sample shows can go
-        _, most = wilson(torch.tensor(0.0), torch.tensor(float(values.shape[1])))
-        low, high = max(-1.0, mean - most.item()), min(1.0, mean + most.item())
+    if kind == "change of hits":
+        low, high = of_agreeing_hits(mean, low, high, values.shape[1])
     return mean, low, high, n
+
+
+def of_agreeing_hits(mean: float, low: float, high: float, n: int) -> tuple[float, float]:
+    """The interval of a difference of hits of n samples: where they all agree, as far as one that none shows can go."""
+    if low != high:
+        return low, high
+    _, most = wilson(torch.tensor(0.0), torch.tensor(float(n)))
+    return max(-1.0, mean - most.item()), min(1.0, mean + most.item())
 
 
 def number(mean: float, low: float, high: float, digits: int = 2) -> str:

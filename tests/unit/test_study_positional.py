@@ -62,6 +62,8 @@ def test_windows_are_quarters_of_the_trained_length_then_its_multiples():
     assert positional_reading.windows(spec) == [
         (0, 16, 0.25), (16, 32, 0.5), (32, 48, 0.75), (48, 64, 1.0), (64, 128, 2.0), (128, 256, 4.0)
     ]  # fmt: skip
+    ends = [0, *(last for _, last, _ in positional_reading.windows(spec_of(trained=250, factors="1,2")))]
+    assert ends == [0, 62, 125, 187, 250, 500]  # the last quarter ends where training did, also of odd lengths
 
 
 def test_the_built_induction_head_repeats_and_nothing_else_does(built):

@@ -156,6 +156,16 @@ def test_a_comparison_tells_how_far_it_is_and_can_be_stopped(ask, trainings):
     assert comparing.compare(run, run, lambda share, _: share == 0) is None
 
 
+@pytest.mark.parametrize(("first", "second"), [(1.0, 1.0), (0.0, 1.0)])
+def test_hits_that_all_agree_leave_room_for_one_that_does_not(first, second):
+    """As a summary of their differences does: no resampling of eight hits finds a miss."""
+    hits = [pd.DataFrame([[value] * 8], index=["m"]) for value in (first, second)]
+    for kind in ("hit", "change of hits"):
+        found = comparing._difference(*hits, kind)
+        assert found["high"] - found["low"] > 0.3 and found["low"] <= second - first <= found["high"] <= 1
+    assert comparing._difference(*hits)["low"] == second - first
+
+
 def test_what_cannot_be_compared_says_why(ask, trainings, tmp_path):
     first, second = ask(trainings[:1]), ask(trainings[:1], seeds=(1,))
     record = json.loads((second.path / "spec.json").read_text())

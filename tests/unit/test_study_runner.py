@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 
 from jambascope import HookedJamba, files
@@ -210,6 +212,25 @@ def test_a_number_that_is_none_names_its_cell(ask, tmp_path):
         ask(log=str(tmp_path / "log"), fault="nan")
     assert RunDirectory.open(the_run(tmp_path)).record["study"] == "norms"
     assert len(list((the_run(tmp_path) / "cells").glob("*.parquet"))) == 1
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    """safetensors has errors of its own, as its 0.8 raises where the disk is full."""
+
+    def full(*arguments):
+        raise safetensors.SafetensorError('IoError(Os { code: 28, message: "No space left on device" })')
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(5)})
+
+
+@pytest.mark.parametrize(("study", "setting"), [("induction_heads", "k"), ("activation_patching", "directions")])
+@pytest.mark.parametrize("value", ["", "{0},{0}"], ids=["none", "twice"])
+def test_what_is_asked_several_times_is_given_each_once(study, setting, value):
+    value = value.format({"k": "1", "directions": "noise"}[setting])
+    with pytest.raises(ConfigError, match=f"{setting}='{value}': give at least one, each once"):
+        make_spec(study, load(study).spec, {setting: value})
 
 
 @pytest.mark.parametrize("write", ["write_tensors", "write_table"])

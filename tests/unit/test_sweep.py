@@ -371,6 +371,7 @@ REFUSED = {
     "no layer": (dict(nodes="logits"), "belongs to no layer"),
     "twice": (dict(nodes=["z", "z"]), "'z' is given twice"),
     "experts' channels": (dict(nodes=Node("router_logits", channels=2)), "has no channels to group"),
+    "no name": (dict(nodes=3), "nodes=3 must be a component's name"),
     "no layers": (dict(layers=[]), "holds nothing; leave it out"),
     "one layer": (dict(layers=1), "must be a list of layers"),
     "layer from the end": (dict(layers=[-1]), "this model has layers 0..3, not -1"),
