@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -233,7 +234,9 @@ def test_a_ray_cluster_gives_the_same_and_survives_a_killed_worker(ask, training
 
     def listen(done, doing):
         family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        heard.update(c.laddr.ip for process in family for c in process.net_connections() if c.status == "LISTEN")
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a worker may end meanwhile, one is even killed
+                heard.update(c.laddr.ip for c in process.net_connections() if c.status == "LISTEN")
 
     values = dict(models=trainings[:1], seeds="0,1,2", log=str(tmp_path / "log"), fault="kill")
     run = ask(**values, ray="local", tell=lambda cells: listen)

@@ -247,7 +247,7 @@ def test_every_node_in_float32_is_as_near_the_truth_as_the_loop(node, direction)
     expected, found = naive(model, node, cells, direction), swept(model, node, cells, direction=direction)
     exact = naive(in_float64(), node, cells, direction)
     off, of_loop = (np.nanmax(abs(values - exact)) for values in (found, expected))
-    assert off <= 2 * of_loop + 2e-6 and (np.isnan(found) == np.isnan(exact)).all()
+    assert off <= 2 * of_loop + 5e-6 and (np.isnan(found) == np.isnan(exact)).all()
     base = read(model(pairs()[direction == "denoise"])).detach().numpy()
     assert np.nanmax(abs(expected - base[:, None, None, None])) > 1e-3  # there is something to find
 
