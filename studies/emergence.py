@@ -18,7 +18,7 @@ from jambascope.config import JambaConfig
 from jambascope.errors import ConfigError
 from jambascope.hooks.heads import HeadScores, repeated_random_tokens, score_heads, shuffled
 from jambascope.model import HookedJamba
-from jambascope.studies.comparisons import holm, sign_flip_p
+from jambascope.studies.comparisons import holm, interval, sign_flip_p
 from jambascope.studies.corpus import TEXT, check_corpus, losses_and_hits, mixed, speaks_zoo
 from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
@@ -282,10 +282,11 @@ def _against_heads(rows: pd.DataFrame, steps: Sequence[float]) -> str:
     kinds = [name for name, other in OTHER_HEAD.items() if (rows.measure == other).any()]
     if not kinds:
         return ""
-    apart = [gain(name) - gain(OTHER_HEAD[name]) for name in kinds]
-    p_values = holm([sign_flip_p(torch.tensor(values.to_numpy())) for values in apart])
+    apart = [torch.tensor((gain(name) - gain(OTHER_HEAD[name])).to_numpy()) for name in kinds]
+    p_values = holm([sign_flip_p(values) for values in apart])
     said = [
-        f"{name} {values.mean():+.2f} ({f'p = {p:.2g}' if p < 0.05 else f'not told apart, p = {p:.2g}'})"
+        f"{name} {number(*interval(values))} ({f'p = {p:.2g}' if p < 0.05 else f'not told apart, p = {p:.2g}'}, "
+        f"n = {len(values)})"
         for name, values, p in zip(kinds, apart, p_values, strict=True)
     ]
     return f" Gain of the followed head less that of another (Holm): {'; '.join(said)}."

@@ -32,7 +32,10 @@ from jambascope.studies.segregation_prompts import (
     Prompts,
     TaskName,
     Values,
+    chance_of_repeat,
+    chances,
     check_tasks,
+    documents_of,
     prompts_of,
 )
 
@@ -162,6 +165,37 @@ def _rows(name: str, values: np.ndarray, kind: str | None, taken: str, k: int, f
 # -- the report ----------------------------------------------------------------------------------------------
 
 
+def chance(spec: SegregationSpec, rows: pd.DataFrame, recipe: str, task: str) -> float | None:
+    """Accuracy of a task by chance on the very documents that were measured, as
+    :func:`jambascope.studies.segregation_prompts.chances` means it; None of text files, where any token may come."""
+    own = rows[(rows.measure == HITS) & (rows.recipe == recipe) & (rows.task == task)]
+    if task == "repeat":
+        return chance_of_repeat(spec.tasks, spec.length, own["value"].to_numpy(float))
+    if task == "text" and spec.text:
+        return None
+    levels = [
+        chances(documents_of(task, spec.documents, int(seed)))[sorted(set(of_seed["sample"]))]
+        for seed, of_seed in own.groupby("seed")
+    ]
+    return float(np.concatenate(levels).mean())
+
+
+def tables(spec: SegregationSpec, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Accuracies with all parts and without, beside chance."""
+    keys = ["recipe", "model", "seed", "task", "sample"]
+    whole = rows[rows.measure == HITS]
+    left = rows[rows.measure == CHANGE + HITS].merge(whole[[*keys, "value"]], on=keys, suffixes=("", " before"))
+    left = left.assign(measure=HITS, value=(left["value"] + left["value before"]).round(9))
+    both, parts = pd.concat([whole, left]).assign(kind="hit"), []
+    for (recipe, task), own in both.groupby(["recipe", "task"], sort=False):
+        level = chance(spec, rows, recipe, task)
+        lines = summarize(own, [HITS], BY).drop(columns=["measure", "trainings"]).astype({"k": int})
+        above = ["" if level is None else "yes" if low > level else "no" for low in lines.low]
+        parts.append(lines.assign(chance=float("nan") if level is None else level, above=above))
+    table = pd.concat(parts).rename(columns={"above": "above chance", "without": "taken away"})
+    return [("Accuracy, with all parts and with what is left, beside chance (see Controls)", table)]
+
+
 def figures(spec: SegregationSpec, rows: pd.DataFrame) -> list[go.Figure]:
     """Of every recipe: parts against random ones, and layer by layer."""
     found = []
@@ -213,7 +247,11 @@ def reading(spec: SegregationSpec, rows: pd.DataFrame) -> str:
 
 def _reading_of(spec: SegregationSpec, rows: pd.DataFrame, recipe: str) -> str:
     whole = summarize(rows, [HITS, LOSS], BY)
-    can = ", ".join(f"{task} {number(*one(whole, measure=HITS, task=task)[ENDS])}" for task in spec.tasks)
+    right = {task: one(whole, measure=HITS, task=task) for task in spec.tasks}
+    can = ", ".join(
+        f"{task} {number(*line[ENDS])} ({_beside(line, chance(spec, rows, recipe, task))})"
+        for task, line in right.items()
+    )
     words = [f"{recipe} with all its parts is right in: {can} (n = {int(whole.n.max())} documents each)."]
     tested = rows[rows.measure == LESS + LOSS]
     if not len(tested):
@@ -229,6 +267,12 @@ def _reading_of(spec: SegregationSpec, rows: pd.DataFrame, recipe: str) -> str:
             words.append(_of_part(spec, pd.concat([whole, summary]), p_of, name))
     words += [_of_heads(spec, rows, summary, p_of, k) for k in spec.k if (summary["without"] == TOP).any()]
     return "\n\n".join([*words, _layers(rows)])
+
+
+def _beside(line: pd.Series, level: float | None) -> str:
+    if level is None:
+        return "any token may come, so there is no chance level"
+    return f"{'above' if line.low > level else 'not clearly above'} chance, {level:.3f}"
 
 
 def _of_part(spec: SegregationSpec, summary: pd.DataFrame, p_of: dict, name: str) -> str:
@@ -326,12 +370,16 @@ study = Study(
     "a task needs most is chosen on the finding half, too.",
     controls="As many random layers: others where there are enough, else any other set. As many random heads kept. "
     "Differences to them in loss are tested by flipping signs over documents, corrected by Holm over all tasks and "
-    "parts. Copy and text: what is about looking things up should change nothing there.",
+    "parts. Copy and text: what is about looking things up should change nothing there.\n\n"
+    "Chance is what is expected, on the very documents that were asked, of an even draw: for recall of the values of "
+    "the table's entries, for phones of the whole numbers of the book's, for repeat and copy of the words that are to "
+    "be said again. For stories it is always saying their commonest word; for text files there is none.",
     measure=measure,
     headline=(HITS, LOSS, CHANGE + HITS, CHANGE + LOSS),
     by=BY,
     figures=figures,
     reading=reading,
+    tables=tables,
     cells=cells,
     check=check,
 )

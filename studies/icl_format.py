@@ -15,7 +15,6 @@ from pydantic import Field
 
 from jambascope import checkpoint
 from jambascope.config import JambaConfig
-from jambascope.errors import ConfigError
 from jambascope.hooks.interventions import hooks
 from jambascope.model import HookedJamba
 from jambascope.studies.ablations import (
@@ -30,9 +29,10 @@ from jambascope.studies.comparisons import by_sample, holm, sign_flip_p
 from jambascope.studies.episodes import TokenEpisode, batches, draw_episodes, label_scores
 from jambascope.studies.figures.zoo import Panel, Point, lines
 from jambascope.studies.prompts import check_tokenizer
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Spec, models_of
 from jambascope.studies.runner.study import Cell, Found, Study, grid
-from jambascope.studies.runner.summary import number, one, summarize
+from jambascope.studies.runner.summary import as_tensor, number, one, samples_of, summarize
+from jambascope.studies.zoo.differences import difference
 from jambascope.studies.zoo.measures import CALIBRATION, label_values, statistic
 from jambascope.studies.zoo.tasks import SHOTS, TRAINED_SHOTS, Task
 from jambascope.zoo.reviews import Episode
@@ -62,6 +62,7 @@ ENDS = ["mean", "low", "high"]
 class FormatSpec(Spec):
     """Settings of the study."""
 
+    models: tuple[str, ...] = models_of("jamba-micro", "mamba-micro", "attention-micro")
     episodes: int = Field(64, ge=4, description="Of a condition and seed; half as many more give the means.")
     shots: int = Field(8, ge=1, le=max(SHOTS), description="Most labelled reviews before the one that is asked.")
     filler: int = Field(4, ge=1, description="Sentences without sentiment in each review of the long conditions.")
@@ -75,8 +76,6 @@ class FormatSpec(Spec):
 
 def check(spec: FormatSpec, config: JambaConfig, directory: Path) -> None:
     check_tokenizer(checkpoint.load_tokenizer(directory))
-    if len(set(spec.conditions)) < len(spec.conditions) or not spec.conditions:
-        raise ConfigError(f"conditions={spec.conditions}: give at least one, each once")
 
 
 def cells(spec: FormatSpec) -> list[Cell]:
@@ -311,23 +310,34 @@ def _between(spec: FormatSpec, rows: pd.DataFrame) -> list[str]:
         for condition in own.condition.unique():
             for name in (MASS, FREE):
                 at = own[(own.condition == condition) & (own.measure == name)]
-                first, second = (by_sample(at[at.recipe == recipe]) for recipe in (recipes[0], other))
+                sides = [at[at.recipe == recipe] for recipe in (recipes[0], other)]
+                first, second = map(by_sample, sides)
                 apart = (first - second).dropna()
                 if len(apart):
-                    pairs.append((other, condition, name, torch.tensor(apart.to_numpy())))
+                    ends = _difference(sides, apart.index)
+                    pairs.append((other, condition, name, ends, torch.tensor(apart.to_numpy())))
     if not pairs:
         return []
     p_values = holm([sign_flip_p(apart) for *_, apart in pairs])
     trainings = rows.groupby("recipe")["model"].nunique().to_dict()
     words = []
-    for (other, condition, name, apart), p in zip(pairs, p_values, strict=True):
+    for (other, condition, name, ends, apart), p in zip(pairs, p_values, strict=True):
         clear = f"p = {p:.2g}" if p < 0.05 else f"no difference told, p = {p:.2g}"
-        words.append(f"less {other}, {condition}, {name}: {apart.mean():+.2f} ({clear}, n = {len(apart)})")
+        words.append(f"less {other}, {condition}, {name}: {number(*ends)} ({clear}, n = {len(apart)})")
     counted = ", ".join(f"{recipe} {n}" for recipe, n in trainings.items())
     return [
         f"{recipes[0]}, after {shots} shots, on the same episodes, p after Holm: " + "; ".join(words) + ". Trainings: "
-        f"{counted}; p-values are over episodes, and of one training say nothing about another."
+        f"{counted}; intervals are over episodes and trainings, p-values over episodes, and of one training they say "
+        "nothing about another."
     ]
+
+
+def _difference(sides: Sequence[pd.DataFrame], common: pd.Index) -> tuple[float, float, float]:
+    """Mean difference of two models on the (seed, sample) that both have, and its 95 % interval: samples are drawn for
+    both together, trainings of each by themselves."""
+    a, b = (as_tensor(table.reindex(columns=common)) for side in sides for table in samples_of(side, ()).values())
+    mean, low, high, _ = (end.item() for end in difference(a, b))
+    return mean, low, high
 
 
 study = Study(

@@ -168,12 +168,16 @@ def _confirmed(found: pd.DataFrame, several: Collection[str]) -> str:
 
 
 def _stream(rows: pd.DataFrame) -> str:
-    """At which positions the stream has what matters, layer by layer."""
+    """At which positions the stream has what matters, layer by layer: chosen on the finding half of the pairs, measured
+    on the other; where that has no pair, on the same ones, and then it says so."""
     stream = rows[(rows.measure == CELL) & (rows.component == "resid_pre")]
     if not len(stream):
         return ""
-    mean = stream.groupby(["layer", "group"])["value"].mean().unstack()
-    best = mean.abs().idxmax(axis=1)
+    finding, held_out = (stream[stream.half == half] for half in ("finding", "confirming"))
+    best = _best_groups(finding)
+    measured = held_out if len(held_out) else finding
+    own = measured[measured.group == measured.layer.map(best)]
+    lines = summarize(own, [CELL], ("layer",)).set_index("layer")
     stretches: list[list] = []
     for layer, group in best.items():
         if stretches and stretches[-1][0] == group:
@@ -182,10 +186,24 @@ def _stream(rows: pd.DataFrame) -> str:
             stretches.append([group, layer, layer])
     said = [
         f"{group} ({'layer ' if a == b else 'layers '}{int(a)}{'' if a == b else f'-{int(b)}'}, effect "
-        f"{mean.loc[a, group]:.2f}{'' if a == b else f' to {mean.loc[b, group]:.2f}'})"
+        f"{number(*lines.loc[a, ENDS])}{'' if a == b else f' to {number(*lines.loc[b, ENDS])}'})"
         for group, a, b in stretches
     ]
-    return f"The stream that enters a layer matters most at {', then '.join(said)}."
+    n = int(lines.n.max())
+    if len(held_out):
+        same = int((_best_groups(held_out) == best).sum())
+        chosen = (
+            f"chosen on one half of the pairs, effects of the other (n = {n}), which would choose the same in "
+            f"{same} of {len(best)} layers"
+        )
+    else:
+        chosen = f"chosen and measured on the same pairs (n = {n}), so that nothing is confirmed"
+    return f"The stream that enters a layer matters most at {', then '.join(said)}; {chosen}."
+
+
+def _best_groups(stream: pd.DataFrame) -> pd.Series:
+    """Of each layer the positions of largest mean effect."""
+    return stream.groupby(["layer", "group"])["value"].mean().unstack().abs().idxmax(axis=1)
 
 
 def _checks(rows: pd.DataFrame) -> str:

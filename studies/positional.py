@@ -34,7 +34,7 @@ from jambascope.studies.positional_reading import (
     reading,
     windows,
 )
-from jambascope.studies.runner.spec import Files, Spec
+from jambascope.studies.runner.spec import Files, Spec, models_of
 from jambascope.studies.runner.study import Cell, Found, Study
 from jambascope.studies.runner.summary import summarize
 from jambascope.zoo import scoring
@@ -50,6 +50,7 @@ SECRETS = KEYS[32:]
 class PositionalSpec(Spec):
     """Settings of the study."""
 
+    models: tuple[str, ...] = models_of("jamba-micro", "jamba-micro-rope")
     prompts: int = Field(32, ge=2, description="Of a seed, at every length, distance and shift.")
     trained: int = Field(256, ge=16, description="Length of the training's sequences.")
     factors: tuple[int, ...] = Field((1, 2, 4), description="Lengths, as multiples of the trained one.")

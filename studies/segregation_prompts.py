@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -116,6 +117,53 @@ def documents_of(name: TaskName, count: int, seed: int) -> Documents:
     return Documents(task, drawn)
 
 
+def chances(asked: Documents) -> Float[np.ndarray, " prompts"]:
+    """Of each document the accuracy that is expected of answers drawn evenly from what stands in it.
+
+    Recall: the value of one of the table's entries, more often right than one in so many where entries share a value.
+    Phones: the whole number of one of the book's entries. Repeat and copy: one of the words that are to be said again.
+    Nothing can be looked up for the words of stories: there it is the accuracy of always saying the commonest of them.
+    """
+    domain, size = asked.task.domain, 3 if asked.task.domain == "phones" else 1
+    answers = [_in_groups([doc.words[i] for i in doc.answers], size) for doc in asked.drawn]
+    if domain == "story":
+        commonest, _ = Counter(word for own in answers for word in own).most_common(1)[0]
+        choices = [[commonest]] * len(answers)
+    else:
+        choices = [_choices(domain, doc.words, len(own)) for doc, own in zip(asked.drawn, answers, strict=True)]
+    shares = [[from_.count(a) / len(from_) for a in own] for own, from_ in zip(answers, choices, strict=True)]
+    return np.array([np.mean(own) for own in shares])
+
+
+def _choices(domain: str | None, words: Sequence[str], answers: int) -> list[tuple[str, ...]]:
+    """What the right answer of a document is one of."""
+    if domain == "repeat":  # said twice; where the words begin anew is no answer
+        return _in_groups(words[: answers + 1], 1)
+    if domain == "copy":
+        return _in_groups([word for word in words[2 : words.index("->")] if word != "."], 1)
+    size = 3 if domain == "phones" else 1
+    table = words[2 : words.index(";")]  # "map : key value , key value ; ..."
+    return [tuple(table[i + 1 : i + 1 + size]) for i in range(0, len(table), size + 2)]
+
+
+def _in_groups(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + size]) for i in range(0, len(words), size)]
+
+
+def chance_of_repeat(tasks: Sequence[TaskName], length: int, accuracies: Float[np.ndarray, " prompts"]) -> float:
+    """One of the words or tokens that are said twice, which all differ.
+
+    How many there are depends on whether a model speaks the packaged models' language. Its accuracies tell, which are
+    multiples of one in the number of answers. Where they fit both, as 0 and 1 do, the higher chance is given.
+    """
+    sizes = [DOMAINS["repeat"][1]["length"]]
+    if not set(tasks) & set(IN_LANGUAGE):  # else all models speak it
+        sizes.append(length // 2)
+    hits = [accuracies * (said - 1) for said in sizes]
+    fitting = [said for said, own in zip(sizes, hits, strict=True) if np.allclose(own, own.round(), rtol=0, atol=1e-4)]
+    return 1 / min(fitting or sizes)
+
+
 def prompts_of(
     model: HookedJamba, name: TaskName, count: int, text: tuple[str, ...], length: int, seed: int
 ) -> Prompts:
@@ -137,8 +185,6 @@ def check_tasks(
         ConfigError: tasks that a model of another language cannot be asked, or that exceed its context or vocabulary.
         InputError: text, and no tokenizer.
     """
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise ConfigError(f"tasks={tasks}: give at least one, each once")
     packaged = speaks_zoo(checkpoint.load_tokenizer(directory))
     if not packaged and (needing := [name for name in tasks if name in IN_LANGUAGE]):
         raise ConfigError(

@@ -23,7 +23,7 @@ from jambascope.studies.corpus import TEXT, check_corpus, mixed
 from jambascope.studies.figures.course import courses
 from jambascope.studies.figures.points import Dot, dots
 from jambascope.studies.figures.zoo import Point
-from jambascope.studies.runner.spec import Files, Spec
+from jambascope.studies.runner.spec import Files, Spec, models_of
 from jambascope.studies.runner.study import Cell, Found, Study, grid_and_once
 from jambascope.studies.runner.summary import number, summarize
 from jambascope.studies.stability_reading import BY, ENDS, GROWTH, MAX, NORMS, POINTS, RMS, UNTRAINED, names_of, reading
@@ -44,6 +44,7 @@ APART = 16
 class StabilitySpec(Spec):
     """Settings of the study."""
 
+    models: tuple[str, ...] = models_of("jamba-micro", "jamba-micro-no-inner-norm")
     prompts: int = Field(12, ge=2, description="Prompts of a seed.")
     edges: tuple[int, ...] = Field(
         (0, 128, 256, 512, 1024), description="Positions that part the prompts into windows."
@@ -59,7 +60,7 @@ class StabilitySpec(Spec):
     @field_validator("rates")
     @classmethod
     def _rising(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
+        if min(rates) <= 0 or list(rates) != sorted(rates):
             raise ValueError("give positive numbers that rise, the lowest an ordinary learning rate")
         return rates
 

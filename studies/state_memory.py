@@ -21,7 +21,7 @@ from jambascope.studies import state_pairs, state_probes
 from jambascope.studies.comparisons import by_sample, fingerprint, holm, interval, same_prompts, sign_flip_p
 from jambascope.studies.figures.parts import Bar, grouped
 from jambascope.studies.prompts import check_language
-from jambascope.studies.runner.spec import Spec
+from jambascope.studies.runner.spec import Spec, models_of
 from jambascope.studies.runner.study import Cell, Found, Study, grid
 from jambascope.studies.runner.summary import number, one, summarize
 from jambascope.studies.state_pairs import BEST, CHANNELS, KEYS, NONE, OTHER, PERSISTENT, QUERY_READ, TRANSIENT
@@ -45,6 +45,7 @@ ENDS = ["mean", "low", "high"]
 class MemorySpec(Spec):
     """Settings of the study."""
 
+    models: tuple[str, ...] = models_of("jamba-micro", "mamba-micro")
     asked: tuple[Asked, ...] = Field(
         ("episodes", "words", "half-life", "labels", "query", "repetition"),
         description="Probes on few-shot reviews and on random words; half-lives; patches of prompt pairs that differ "

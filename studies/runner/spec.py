@@ -20,16 +20,21 @@ Files = Annotated[tuple[str, ...], _Files()]
 """A field of paths: of which the study reads what is in them, so that a run is of the contents too."""
 
 
+def models_of(*names: str) -> Any:
+    """The field of a study's models: those that its question compares, unless told otherwise."""
+    return Field(
+        names,
+        description="Packaged names, checkpoint directories or hub ids. Directories of one recipe that differ in their "
+        "training seed are pooled, and intervals are then over trainings, too.",
+    )
+
+
 class Spec(BaseModel):
     """What every study is asked; a study adds fields of its own, each with a default and a description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    models: tuple[str, ...] = Field(
-        ("jamba-micro",),
-        description="Packaged names, checkpoint directories or hub ids. Directories of one recipe that differ in their "
-        "training seed are pooled, and intervals are then over trainings, too.",
-    )
+    models: tuple[str, ...] = models_of("jamba-micro")
     seeds: tuple[int, ...] = Field((0,), description="Of the prompts; each draws its own.")
 
     @field_validator("*")

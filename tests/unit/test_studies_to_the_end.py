@@ -22,7 +22,11 @@ SMALL = {
         dict(models="attention-micro", sequences="4", length="16"),
         "by edge to the token before",
     ),
-    "half-lives alone": ("state_memory", dict(asked="half-life", prompts="20", untrained="false"), "alf-li"),
+    "half-lives alone": (
+        "state_memory",
+        dict(models="jamba-micro", asked="half-life", prompts="20", untrained="false"),
+        "alf-li",
+    ),
 }
 
 

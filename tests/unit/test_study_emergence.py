@@ -112,7 +112,9 @@ def test_what_emerges_between_two_snapshots_is_found_there(trained, tmp_path):
     assert [len(f.data) > 0 for f in study.figures(spec, rows)][:3] == [True] * 3
     text = study.reading(spec, rows)
     assert "planted (5 checkpoints, steps 0 to 800)" in text and "nan" not in text
-    assert re.search(r"Gain of the followed head less that of another .*prefix matching \+0\.\d\d", text)
+    assert re.search(
+        r"Gain of the followed head less that of another .*prefix matching 0\.\d\d \[-?0\.\d\d, \d\.\d\d\]", text
+    )
     assert re.search(r"recall accuracy [^;]* \(above chance, 0\.125\)", text)
     told = next(f for f in study.figures(spec, rows) if "What the context tells" in f.layout.title.text)
     levels = sorted(shape.y0 for shape in told.layout.shapes)
@@ -183,9 +185,13 @@ def test_the_reading_tells_heads_from_others_only_where_they_gain_more():
             for i in range(12)
         ]
     )
-    assert "prefix matching +0.00 (not told apart, p = 1)" in emergence.reading(spec_of(), rows)
+    assert "prefix matching 0.00 [0.00, 0.00] (not told apart, p = 1, n = 12)" in emergence.reading(spec_of(), rows)
     less = rows.assign(value=rows["value"].where(rows.measure == emergence.INDUCTION, 0.1))
-    assert re.search(r"prefix matching \+1\.00 \(p = 0\.000\d+\)", emergence.reading(spec_of(), less))
+    apart = r"prefix matching 1\.00 \[1\.00, 1\.00\] \(p = 0\.000\d+, n = 12\)"
+    assert re.search(apart, emergence.reading(spec_of(), less))
+    noisy = rows["value"] + 0.2 * (rows["sample"] % 4) * (rows.step == 800) * (rows.measure == emergence.INDUCTION)
+    spread = r"prefix matching 0\.30 \[0\.1\d, 0\.4\d\] \(p = "
+    assert re.search(spread, emergence.reading(spec_of(), rows.assign(value=noisy)))
 
 
 def test_finished_weights_beyond_the_last_snapshot_count(trained):

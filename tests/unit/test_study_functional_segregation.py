@@ -18,6 +18,7 @@ from jambascope.studies.runner.spec import make_spec
 from jambascope.studies.runner.study import load
 from jambascope.studies.runner.summary import one, summarize
 from jambascope.studies.zoo.tasks import draw
+from jambascope.zoo.documents import Document
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,77 @@ def test_the_layer_that_is_missed_most_is_chosen_on_the_finding_half(finished):
     assert re.search(r"measured on the other: repeat layer 2 \(mamba, -0\.25.*; text layer 2 \(mamba, -0\.25", text)
 
 
+# -- chance --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, words, answers, expected",
+    [
+        ("recall", "map : a x , b x , c y , d z ; b -> x ; c -> y", (16, 20), (2 / 4 + 1 / 4) / 2),
+        ("phones", "phones : A 1 2 3 , B 1 2 4 , C 1 2 3 ; call B -> 1 2 4 ; call A -> 1 2 3",
+         (20, 21, 22, 27, 28, 29), (1 / 3 + 2 / 3) / 2),
+        ("repeat", "a b c d a b c d", (5, 6, 7), 1 / 4),
+        ("copy", "copy : . a . . b . c -> a b c", (10, 11, 12), 1 / 3),
+        ("text", "the a saw the b .", (0, 1, 3, 4), 1 / 2),
+    ],
+)  # fmt: skip
+def test_chance_is_an_even_draw_of_what_stands_in_the_document(name, words, answers, expected):
+    task = asking.documents_of(name, 2, seed=0).task
+    doc = Document(task.domain, tuple(words.split()), answers)
+    assert asking.chances(asking.Documents(task, [doc])).tolist() == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("name, entries", [("recall", 12), ("phones", 8), ("repeat", 32), ("copy", 6)])
+def test_chance_of_documents_is_at_least_one_in_their_entries(name, entries):
+    found = asking.chances(asking.documents_of(name, 16, seed=0))
+    times = found * entries  # entries that hold what is asked for: one, more where values come twice
+    assert len(found) == 16 and (times >= 1 - 1e-9).all() and times.mean() < 1.5
+    assert (times > 1 + 1e-9).any() == (name == "recall")
+
+
+@pytest.mark.parametrize(
+    "tasks, length, accuracies, expected",
+    [
+        (("repeat",), 24, [3 / 31, 1.0], 1 / 32),  # documents of the packaged models' language
+        (("repeat",), 24, [3 / 11, 0.0], 1 / 12),
+        (("repeat",), 24, [0.0, 1.0], 1 / 12),  # either: the higher
+        (("repeat", "copy"), 24, [0.0, 1.0], 1 / 32),
+    ],
+)
+def test_chance_of_repeat_is_of_what_the_model_was_asked(tasks, length, accuracies, expected):
+    assert asking.chance_of_repeat(tasks, length, np.array(accuracies)) == expected
+
+
+def test_accuracies_stand_beside_chance(finished):
+    _, study, spec, rows = running.read(finished.path)
+    text, ((_, table),) = study.reading(spec, rows), study.tables(spec, rows)
+    stories = asking.chances(asking.documents_of("text", 24, seed=0))[12:].mean()  # those of the confirming half
+    assert re.search(rf"repeat 0\.\d+ .*\(above chance, 0\.031\), text .*chance, {stories:.3f}\)", text)
+    assert table.groupby("task").chance.unique().map(list).to_dict() == {"repeat": [1 / 32], "text": [stories]}
+    left = table[table.task == "repeat"].set_index("taken away")
+    assert left["above chance"][["nothing", "all attention layers"]].tolist() == ["yes", "no"]
+    own = rows[(rows.task == "repeat") & (rows["without"].isin(["nothing", "all attention layers"]))]
+    means = own.groupby("measure")["value"].mean()
+    expected = means["accuracy"] + means["change of accuracy"]
+    assert left.loc["all attention layers", "mean"] == pytest.approx(expected)
+    assert left.loc["all attention layers", "n"] == 12
+    alone = rows[rows.measure.isin(["accuracy", "loss"])]  # as of a model of one mixer
+    assert study.tables(spec, alone)[0][1]["taken away"].tolist() == ["nothing"] * 2
+    assert "beside chance" in (finished.path / "report.html").read_text()
+
+
+def test_text_files_have_no_chance(finished):
+    _, study, spec, rows = running.read(finished.path)
+    given = spec.model_copy(update={"text": ("a.txt",)})
+    assert segregation.chance(given, rows, rows.recipe.iloc[0], "text") is None
+    assert "any token may come, so there is no chance level" in study.reading(given, rows)
+    (_, table), *_ = study.tables(given, rows)
+    assert table[table.task == "text"].chance.isna().all() and (table[table.task == "text"]["above chance"] == "").all()
+
+
+# -- what is asked -------------------------------------------------------------------------------------------
+
+
 def test_text_counts_only_words_that_nothing_determines():
     stories = asking.documents_of("text", 3, seed=0)
     for doc, drawn in zip(stories.drawn, draw(stories.task, 3, 0), strict=True):
@@ -138,7 +210,8 @@ def test_a_model_of_another_language_is_asked_to_repeat(model_of_kind, tmp_path)
     summary = summarize(rows, study.headline, study.by)
     assert one(summary, measure="change of loss", without="all attention layers").n == 4
     text = study.reading(spec, rows)
-    assert "with all its parts is right in: repeat" in text and "nan" not in text
+    assert re.search(r"with all its parts is right in: repeat .*\(not clearly above chance, 0\.083\)", text)
+    assert "nan" not in text
 
 
 @pytest.mark.parametrize(
@@ -163,8 +236,8 @@ def test_what_another_language_lacks_is_refused(model_of_kind, tmp_path, values,
     "setting, message", [({"k": "4"}, r"k=4 must lie in 1\.\.3"), ({"tasks": "text,text"}, "each once")]
 )
 def test_settings_that_ask_nothing_are_refused(setting, message, tmp_path):
-    spec = make_spec("functional_segregation", segregation.SegregationSpec, setting)
     with pytest.raises(ConfigError, match=message):
+        spec = make_spec("functional_segregation", segregation.SegregationSpec, setting)
         running.run("functional_segregation", spec, tmp_path)
 
 

@@ -33,7 +33,7 @@ def micro() -> HookedJamba:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    settings = {"episodes": 16, "shots": 4, "conditions": "familiar,shuffled", "draws": 2}
+    settings = {"models": "jamba-micro", "episodes": 16, "shots": 4, "conditions": "familiar,shuffled", "draws": 2}
     spec = make_spec("icl_format", icl_format.FormatSpec, settings)
     return running.run("icl_format", spec, tmp_path_factory.mktemp("runs"))
 
@@ -85,8 +85,23 @@ def test_models_are_compared_on_the_same_episodes(finished):
     worse = rows.assign(recipe="worse", model="worse")
     lower = worse.assign(value=worse["value"].where(~worse.measure.str.contains("label mass"), worse["value"] * 0.5))
     text = study.reading(spec, pd.concat([rows, lower]))
-    assert re.search(r"less worse, familiar, label mass: \+0\.\d+ \(p = ", text)
-    assert re.search(r"less worse, familiar, accuracy free: \+0\.00 \(no difference told", text)
+    assert re.search(r"less worse, familiar, label mass: 0\.4\d \[0\.[34]\d, 0\.[45]\d\] \(p = ", text)
+    assert re.search(r"less worse, familiar, accuracy free: 0\.00 \[-0\.\d\d, 0\.\d\d\] \(no difference told", text)
+    trainings = [lower.assign(model=f"worse-{i}", value=lower["value"] * share) for i, share in enumerate((0.2, 1.0))]
+    several = study.reading(spec, pd.concat([rows, *trainings]))  # of which one is hardly worse: the interval says so
+    assert re.search(r"less worse, familiar, label mass: 0\.6\d \[0\.4\d, 0\.8\d\] \(p = .*, n = 16", several)
+
+
+def test_differences_are_of_the_episodes_that_both_have():
+    a, b = (
+        pd.DataFrame({"recipe": m, "model": m, "measure": "m", "seed": 0, "sample": samples, "value": values})
+        for m, samples, values in (("a", range(4), [0.5, 0.7, 0.9, 9.0]), ("b", range(-1, 3), [9.0, 0.1, 0.2, 0.3]))
+    )
+    common = pd.MultiIndex.from_tuples([(0, 0), (0, 1), (0, 2)], names=["seed", "sample"])
+    mean, low, high = icl_format._difference([a, b], common)
+    assert (mean, low, high) == pytest.approx((0.5, 0.4, 0.6))
+    _, low, high = icl_format._difference([a, b], common[:1])
+    assert not np.isfinite([low, high]).any()
 
 
 @pytest.mark.parametrize("setting, message", [({"conditions": ""}, "at least one"), ({"shots": 99}, "shots=")])

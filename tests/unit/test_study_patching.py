@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pandas as pd
 import pytest
@@ -108,11 +109,29 @@ def test_the_reading_says_where_and_also_that_nothing_was_found(built_rows):
     assert report.figures(spec, few) == []
 
 
+def test_the_place_of_the_stream_is_chosen_on_one_half_and_told_of_the_other(built_rows):
+    """Of two planted places the finding half shows one, and what is told is its number of the other half."""
+    _, rows = built_rows
+    stream = (rows.measure == report.CELL) & (rows.component == "resid_pre") & (rows.direction == "denoise")
+    first, other = (rows.group.astype(str).str.startswith(at) for at in ("3 ", "4 "))
+    finding, upper = rows.half == "finding", rows.layer == 1
+    planted = rows.assign(value=rows["value"].mask(stream, 0.0))
+    planted.loc[stream & first, "value"] = 0.9
+    planted.loc[stream & upper & first & ~finding, "value"] = [0.1, 0.3, 0.2, 0.4]
+    planted.loc[stream & upper & other & ~finding, "value"] = 0.7
+    text = report._stream(planted[planted.direction == "denoise"])
+    assert re.search(
+        r"matters most at 3 \d+ \(layers 0-1, effect 0\.90 \[0\.90, 0\.90\] to 0\.25 \[0\.1\d, 0\.3\d\]\)", text
+    )
+    assert "the other (n = 4), which would choose the same in 1 of 2 layers" in text
+
+
 def test_one_pair_has_maps_and_nothing_confirmed(built):
     spec = spec_of(clean="1 4 5 6 4", corrupted="1 4 7 6 4", answer="5", wrong="7", least_difference=0.01)
     rows = rows_of(spec, built)
     assert not (rows.measure == report.EFFECT).any() and report.tables(spec, rows) == []
     text = report.reading(spec, rows)
+    assert "chosen and measured on the same pairs (n = 1), so that nothing is confirmed" in text
     assert "n = 1 pairs" in text and text.count("Too few pairs are left to confirm any cell.") == 2
     figures = report.figures(spec, rows)
     assert len(figures) == 2 and "denoise" in figures[0].layout.title.text
@@ -270,7 +289,7 @@ def test_pairs_of_a_user_are_checked(built, values, message):
 def test_settings_and_models_are_checked_before_the_work(model_of_kind, tmp_path):
     with pytest.raises(ConfigError, match="only clean given; prompts of yours need"):
         spec_of(clean="a b")
-    with pytest.raises(ConfigError, match="components=z,z: give at least one, each once"):
+    with pytest.raises(ConfigError, match="components='z,z': give at least one, each once"):
         spec_of(components="z,z")
     model_of_kind("no-attention").float().save_pretrained(tmp_path / "m")
     for values, error, message in (

@@ -195,7 +195,7 @@ def test_half_lives_are_those_of_the_definition(model_of_kind):
 
 
 def test_in_jamba_micro_labels_go_through_attention_and_the_review_through_states(tmp_path):
-    settings = {"asked": "labels,query", "pairs": 8}
+    settings = {"models": "jamba-micro", "asked": "labels,query", "pairs": 8}
     run = running.run("state_memory", make_spec("state_memory", state_memory.MemorySpec, settings), tmp_path)
     _, study, spec, rows = running.read(run.path)
     summary = summarize(rows, study.headline, study.by)
