@@ -53,6 +53,17 @@ SWEEPS = {
     "paths": lambda model, **options: path_patch(
         model, *TOKENS, METRICS, ["z", "expert_out"], ["in_proj", "mlp_out", "logits"], layers=[1], **options
     ),
+    "paths at": lambda model, **options: path_patch(
+        model,
+        *TOKENS,
+        METRICS,
+        ["z", "expert_out"],
+        ["in_proj", "mlp_out"],
+        layers=[1],
+        positions=[2, 5],
+        receiver_positions=[1, 5],
+        **options,
+    ),
     "knock-outs": lambda model, **options: knock_out_sweep(
         model, TOKENS[0], METRICS, [(5, 0), (5, 2), (4, 4)], **options
     ),
