@@ -225,10 +225,12 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
         files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(5)})
 
 
-@pytest.mark.parametrize(("study", "setting"), [("induction_heads", "k"), ("activation_patching", "directions")])
+@pytest.mark.parametrize(
+    ("study", "setting"), [("induction_heads", "k"), ("activation_patching", "directions"), ("stability", "rates")]
+)
 @pytest.mark.parametrize("value", ["", "{0},{0}"], ids=["none", "twice"])
 def test_what_is_asked_several_times_is_given_each_once(study, setting, value):
-    value = value.format({"k": "1", "directions": "noise"}[setting])
+    value = value.format({"k": "1", "directions": "noise", "rates": "0.1"}[setting])
     with pytest.raises(ConfigError, match=f"{setting}='{value}': give at least one, each once"):
         make_spec(study, load(study).spec, {setting: value})
 

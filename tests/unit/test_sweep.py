@@ -245,6 +245,7 @@ EVERY_NODE = [*map(Node, tails(in_float32())), *OPTIONS]
 def test_every_node_in_float32_is_as_near_the_truth_as_the_loop(node, direction):
     model, cells = in_float32(), [(2,), (5,)] if direction == "denoise" else [(3, 5)]
     expected, found = naive(model, node, cells, direction), swept(model, node, cells, direction=direction)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-6)  # as far as both are from float64
     exact = naive(in_float64(), node, cells, direction)
     off, of_loop = (np.nanmax(abs(values - exact)) for values in (found, expected))
     assert off <= 2 * of_loop + 5e-6 and (np.isnan(found) == np.isnan(exact)).all()

@@ -161,6 +161,7 @@ def _forward(
 
 @njit(inline="always")
 def _step(dt, at, bias, dt_softplus):
+    """The step sizes of a position's lanes."""
     step = load(dt, at) + bias
     return softplus(step) if dt_softplus else step
 
@@ -280,9 +281,7 @@ def backward(
                     mark = read(marks, b * T + t) if has_marks else np.uint8(0)
                     step, write = splat(ZERO), splat(ZERO)
                     if mark & PADDING == 0:
-                        step = load(dt, at) + bias
-                        if dt_softplus:
-                            step = softplus(step)
+                        step = _step(dt, at, bias, dt_softplus)
                         write = step * load(x, at)
                     store(steps_, s * LANES, step)
                     store(writes, s * LANES, write)
