@@ -21,6 +21,9 @@ LANES = 16
 FAST = {"contract"}
 """Fused multiply-adds are allowed; nothing else that would change a result."""
 
+NORMAL = np.float32(126.0)
+"""Powers of two that :func:`exp2` takes, up and down."""
+
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 
@@ -180,7 +183,17 @@ minimum = _define_bound("<")
 
 
 @intrinsic
-def _absolute(typingctx, v):
+def larger(typingctx, v, other):
+    """The larger of two in each lane."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.fcmp_unordered(">", *args), *args)
+
+    return lanes(lanes, lanes), codegen
+
+
+@intrinsic
+def absolute(typingctx, v):
     def codegen(context, builder, signature, args):
         bits = builder.and_(builder.bitcast(args[0], _INTS), ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
         return builder.bitcast(bits, _FLOATS)
@@ -197,6 +210,19 @@ def _times_power_of_two(typingctx, p, shifted):
         return builder.bitcast(builder.add(p, builder.shl(k, ir.Constant(_INTS, [23] * LANES))), _FLOATS)
 
     return lanes(lanes, lanes), codegen
+
+
+@intrinsic
+def within(typingctx, v, limit):
+    """Whether no lane is further from zero than a float32, and all are numbers."""
+
+    def codegen(context, builder, signature, args):
+        bits = builder.and_(builder.bitcast(args[0], _INTS), ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
+        outside = builder.fcmp_unordered(">", builder.bitcast(bits, _FLOATS), _splat(builder, args[1]))
+        mask = ir.IntType(LANES)
+        return builder.icmp_unsigned("==", builder.bitcast(outside, mask), ir.Constant(mask, 0))
+
+    return types.boolean(lanes, types.float32), codegen
 
 
 @intrinsic
@@ -227,7 +253,12 @@ def aligned(size):
 @njit(inline="always")
 def exp2(v):
     """2**v to 1e-7 relative, clamped to the normal range of float32 [2**-126, 2**126]."""
-    v = minimum(maximum(v, np.float32(-126.0)), np.float32(126.0))
+    return exp2_within(minimum(maximum(v, -NORMAL), NORMAL))
+
+
+@njit(inline="always")
+def exp2_within(v):
+    """2**v where that is known to lie in the range of :func:`exp2`."""
     shifted = v + np.float32(12582912.0)  # 1.5 * 2**23: the sum's last bit is worth one
     r = v - (shifted - np.float32(12582912.0))
     p = r * np.float32(0.00015345811600619055) + np.float32(0.0013399931216376557)
@@ -254,7 +285,7 @@ def silu(v):
 @njit(inline="always")
 def softplus(v):
     """log(1 + e**v) to 2e-7 relative: max(v, 0) + log1p(e**-|v|), the logarithm by the series of artanh."""
-    u = exp2(_absolute(v) * np.float32(-1.4426950408889634))
+    u = exp2(absolute(v) * np.float32(-1.4426950408889634))
     s = u / (u + np.float32(2.0))
     z = s * s
     p = z * np.float32(1.0 / 11.0) + np.float32(1.0 / 9.0)

@@ -27,9 +27,13 @@ from jambascope.kernels.selective_scan.interface import PADDING, RESET
 from jambascope.kernels.vectors import (
     FAST,
     LANES,
+    NORMAL,
+    absolute,
     aligned,
     exp2,
+    exp2_within,
     lane_sum,
+    larger,
     load,
     read,
     sigmoid,
@@ -37,12 +41,15 @@ from jambascope.kernels.vectors import (
     softplus,
     splat,
     store,
+    within,
     write,
 )
 
 ZERO = np.float32(0.0)
-ONE = np.float32(1.0)
 FLOAT = 4
+AHEAD = 8
+"""Positions, at most, whose step sizes, decays and gates are computed in one go: in loops of their own constants stay
+in registers, and none waits for another's chain of operations."""
 LN2 = np.float32(0.6931471805599453)
 
 
@@ -106,25 +113,32 @@ def _forward(
     blocks, chunks = E // LANES, (T + chunk - 1) // chunk
     a = aligned(N * LANES)
     h = aligned(N * LANES)
+    ahead = max(1, min(AHEAD, 128 // N))
+    steps, opened, decay = aligned(ahead * LANES), aligned(ahead * LANES), aligned(ahead * N * LANES)
     for item in range(start, stop):
         b = item // blocks
         e0 = (item % blocks) * LANES
         _copy(A, e0, E, a, 0, LANES, N)
+        steepest = _steepest(a, N)
         before = read(h0_of, b) if h0_rows else b
         if h0 and before >= 0:
             _copy(h0, before * N * E + e0, E, h, 0, LANES, N)
         else:
             h[:] = ZERO
-        bias = load(dt_bias, e0) if dt_bias else splat(ZERO)
         skip = load(D, e0)
         first_slot, slots = _captured_lanes(channel_at, e0) if capture_slot and channel_slot else (0, 0)
         first, last = read(bound, b), read(bound, b + 1)
-        # The next position's step size and this one's gate are begun before the states, which then need not wait.
-        following = _step(dt, first * E + e0, bias, dt_softplus) if first < last else splat(ZERO)
+        s = ahead
         for i in range(first, last):
             t = i - first
-            step, following = following, _step(dt, min(i + 1, last - 1) * E + e0, bias, dt_softplus)
-            opened = silu(load(gate, i * gate_row + e0)) if gate else splat(ONE)
+            s = s + 1 if s + 1 < ahead else 0
+            if s == 0:
+                count = min(ahead, last - i)
+                _steps(count, dt, i * E + e0, E, dt_bias, e0, dt_softplus, steps)
+                _decays(count, steps, a, steepest, N, decay)
+                if gate:
+                    _gates(count, gate, i * gate_row + e0, gate_row, opened)
+            step = load(steps, s * LANES)
             if checkpoints and t % chunk == 0:
                 _copy(h, 0, LANES, checkpoints, (b * chunks + t // chunk) * N * E + e0, E, N)
             at, at_n = i * E + e0, i * N
@@ -136,7 +150,7 @@ def _forward(
             if not padding:
                 write = step * load(x, at)
                 for n in range(N):
-                    v = exp2(step * load(a, n * LANES)) * load(h, n * LANES) + write * read(B, at_n + n)
+                    v = load(decay, (s * N + n) * LANES) * load(h, n * LANES) + write * read(B, at_n + n)
                     store(h, n * LANES, v)
                     acc = acc + v * read(C, at_n + n)
             edit = read(edit_at, t) if edit_slot else np.int32(-1)
@@ -153,7 +167,7 @@ def _forward(
             if padding:
                 acc = splat(ZERO)
             elif gate:
-                acc = acc * opened
+                acc = acc * load(opened, s * LANES)
             store(y, at, acc)
         if h_last:
             _copy(h, 0, LANES, h_last, b * N * E + e0, E, N)
@@ -164,6 +178,43 @@ def _step(dt, at, bias, dt_softplus):
     """The step sizes of a position's lanes."""
     step = load(dt, at) + bias
     return softplus(step) if dt_softplus else step
+
+
+@njit(inline="always")
+def _steepest(a, N):
+    """The largest size in each lane of a [N LANES]."""
+    found = splat(ZERO)
+    for n in range(N):
+        found = larger(absolute(load(a, n * LANES)), found)
+    return found
+
+
+@njit(fastmath=FAST)
+def _steps(count, dt, at, row, dt_bias, e0, dt_softplus, into):
+    """The step sizes of some positions."""
+    bias = load(dt_bias, e0) if dt_bias else splat(ZERO)
+    for s in range(count):
+        store(into, s * LANES, _step(dt, at + s * row, bias, dt_softplus))
+
+
+@njit(fastmath=FAST)
+def _gates(count, gate, at, row, into):
+    """SiLU of the gates of some positions."""
+    for s in range(count):
+        store(into, s * LANES, silu(load(gate, at + s * row)))
+
+
+@njit(fastmath=FAST)
+def _decays(count, steps, a, steepest, N, into):
+    """exp2 of the steps of some positions times a [N LANES]."""
+    for s in range(count):
+        step = load(steps, s * LANES)
+        if within(step * steepest, NORMAL):
+            for n in range(N):
+                store(into, (s * N + n) * LANES, exp2_within(step * load(a, n * LANES)))
+        else:
+            for n in range(N):
+                store(into, (s * N + n) * LANES, exp2(step * load(a, n * LANES)))
 
 
 @njit(inline="always")
