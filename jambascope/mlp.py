@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from jambascope.config import JambaConfig
-from jambascope.hook_point import HookPoint
+from jambascope.hook_point import HookPoint, listeners
+from jambascope.kernels import decode
 from jambascope.kernels.activations import gated
+from jambascope.kernels.experts import dense
 from jambascope.state import Run
 
 
@@ -22,6 +24,7 @@ class DenseMLP(nn.Module):
         self.hook_pre = HookPoint()  # [B T F]
         self.hook_pre_linear = HookPoint()  # [B T F]
         self.hook_post = HookPoint()  # [B T F]
+        self._listeners, self._parts = listeners(self), decode.Parts(self)
 
     @property
     def W_out(self) -> torch.Tensor:
@@ -30,6 +33,10 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]"""
+        if not any(self._listeners) and self._parts.intact():
+            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+            if dense.fits(x, *weights):
+                return dense.feed_forward(x, *weights)
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.up_proj(x))
         return self.down_proj(self.hook_post(gated(pre_linear, pre)))

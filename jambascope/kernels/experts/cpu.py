@@ -77,7 +77,7 @@ class _Carver:
         return self.buffer[start : self.used].view(dtype).view(rows, columns)
 
 
-class _Weight(NamedTuple):
+class Weight(NamedTuple):
     """One weight of all experts: values [X n k], and a scale [X n] if they are int8."""
 
     values: torch.Tensor
@@ -141,7 +141,7 @@ def experts(
 
 
 def _few(
-    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: _Weight, down: _Weight, addends: bool
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: Weight, down: Weight, addends: bool
 ) -> torch.Tensor:
     """One token or a few: no sort, no Python between the rows, each chosen expert read once for every pair."""
     from jambascope.kernels.experts import cpu_vectors as k
@@ -172,8 +172,8 @@ def _out_of_range(indices: torch.Tensor, n_experts: int) -> InputError:
     return InputError(f"indices name experts {low}..{high}; there are 0..{n_experts - 1}")
 
 
-def _weight(weight: torch.Tensor | ExpertsInt8) -> _Weight:
-    return _Weight(weight.values, weight.scale) if isinstance(weight, ExpertsInt8) else _Weight(weight, None)
+def _weight(weight: torch.Tensor | ExpertsInt8) -> Weight:
+    return Weight(weight.values, weight.scale) if isinstance(weight, ExpertsInt8) else Weight(weight, None)
 
 
 class _Block(NamedTuple):
@@ -216,7 +216,7 @@ def _blocks(indices: torch.Tensor, n_experts: int) -> list[_Block]:
 
 
 def _forward(
-    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: _Weight, down: _Weight, addends: bool
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: Weight, down: Weight, addends: bool
 ) -> torch.Tensor:
     (tokens, d_model), slots = x.shape, indices.shape[1]
     # Not a view of anything when it is returned: hooks may edit it in place.
@@ -227,31 +227,32 @@ def _forward(
     for block in _blocks(indices, len(gate_up.values)):
         staging = _scratch.take(len(block.order) * d_model * 4)
         rows = _Carver(staging).matrix(len(block.order), d_model, torch.float32)
-        _run_tasks(block, x[block.tokens], weights[block.tokens], gate_up, down, rows)
+        tasks, of_block = np.array(block.tasks(), np.int64), (x[block.tokens], weights[block.tokens])
+        run_tasks(tasks, block.order, *of_block, gate_up, down, gate_up.values[0].nbytes // 2, rows)
         _combine(block, 1 if addends else slots, rows, out_rows[block.pairs if addends else block.tokens])
         _scratch.give(staging)
     return out
 
 
-def _detached(*weights: _Weight) -> list[_Weight]:
-    return [_Weight(w.values.detach().contiguous(), w.scale) for w in weights]
+def _detached(*weights: Weight) -> list[Weight]:
+    return [Weight(w.values.detach().contiguous(), w.scale) for w in weights]
 
 
-def _run_tasks(
-    block: _Block, x: torch.Tensor, weights: torch.Tensor, gate_up: _Weight, down: _Weight, out: torch.Tensor
-) -> None:
-    """out [pairs of the block, D] = the weighted outputs, sorted by expert."""
+def run_tasks(
+    tasks: np.ndarray, order: np.ndarray, x: torch.Tensor, weights: torch.Tensor, gate: Weight, down: Weight, up: int,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """out [pairs, D] = the weighted outputs in their order; tasks [. 3] as ``cpu_products`` takes them, and ``up``."""
     from jambascope.kernels.experts import cpu_products as k
 
-    (tokens, d_model), slots, d_mlp = x.shape, weights.shape[1], down.values.shape[2]
-    tasks = np.array(block.tasks(), np.int64)
+    (tokens, d_model), slots, d_mlp = x.shape, weights.shape[1], down.values.shape[-1]
     threads = min(torch.get_num_threads(), len(tasks))
     pitch = k.scratch_floats(int((tasks[:, 2] - tasks[:, 1]).max()), d_model, d_mlp)
     scratch = _scratch.take(threads * pitch * 4)
     call = (ctypes.c_int64 * len(k.FIELDS))(
-        0, 0, len(tasks), tokens, slots, d_model, d_mlp, _KINDS[down.values.dtype], pitch,
-        0, tasks.ctypes.data, block.order.ctypes.data, x.data_ptr(), weights.data_ptr(),
-        gate_up.values.data_ptr(), 0 if gate_up.scale is None else gate_up.scale.data_ptr(),
+        0, 0, len(tasks), tokens, slots, d_model, d_mlp, _KINDS[down.values.dtype], pitch, up,
+        0, tasks.ctypes.data, order.ctypes.data, x.data_ptr(), weights.data_ptr(),
+        gate.values.data_ptr(), 0 if gate.scale is None else gate.scale.data_ptr(),
         down.values.data_ptr(), 0 if down.scale is None else down.scale.data_ptr(), out.data_ptr(), scratch.data_ptr(),
     )  # fmt: skip
     call[k.BLOCK] = ctypes.addressof(call)
@@ -275,7 +276,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x, weights, gate_up, down, gate_up_scale, down_scale, indices, addends):
         ctx.save_for_backward(x, weights, gate_up, down, gate_up_scale, down_scale, indices)
         ctx.addends = addends
-        return _forward(x, indices, weights, _Weight(gate_up, gate_up_scale), _Weight(down, down_scale), addends)
+        return _forward(x, indices, weights, Weight(gate_up, gate_up_scale), Weight(down, down_scale), addends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -291,7 +292,7 @@ class _Experts(torch.autograd.Function):
         ]
         dout = dout.contiguous().view(-1, d_model)
         pair_weights = weights.detach().float().reshape(-1)
-        both = _detached(_Weight(gate_up, gate_up_scale), _Weight(down, down_scale))
+        both = _detached(Weight(gate_up, gate_up_scale), Weight(down, down_scale))
         x = x.detach().contiguous()
         for block in _blocks(indices, len(gate_up)):
             staging = _scratch.take(len(block.order) * d_model * 4)

@@ -39,16 +39,17 @@ UNROLL = 8
 GATHER = 64
 
 FIELDS = (
-    "next_task", "next_thread", "tasks", "tokens", "slots", "d_model", "d_mlp", "kind", "pitch",
+    "next_task", "next_thread", "tasks", "tokens", "slots", "d_model", "d_mlp", "kind", "pitch", "up",
     "block", "task_rows", "order", "x", "weights", "gate_up", "gate_up_scale", "down", "down_scale", "out", "scratch",
 )  # fmt: skip
 """The call's int64: counts, then addresses.
 
 ``task_rows`` [tasks 3]: expert, first sorted row, end. ``kind``: the type of the expert weights, see ``cpu_vectors``.
-``block``: of this block. ``scratch``: ``pitch`` floats to a thread. All but the expert weights is float32 or int64.
+``up``: how many bytes after a gate row of float32 its up row stands. ``block``: of this block. ``scratch``: ``pitch``
+floats to a thread. All but the expert weights is float32 or int64.
 """
 (
-    NEXT_TASK, NEXT_THREAD, TASKS, TOKENS, SLOTS, D_MODEL, D_MLP, KIND, PITCH,
+    NEXT_TASK, NEXT_THREAD, TASKS, TOKENS, SLOTS, D_MODEL, D_MLP, KIND, PITCH, UP,
     BLOCK, TASK_ROWS, ORDER, X, WEIGHTS, GATE_UP, GATE_UP_SCALE, DOWN, DOWN_SCALE, OUT, SCRATCH,
 ) = range(len(FIELDS))  # fmt: skip
 
@@ -226,7 +227,8 @@ def _gate_up(a, expert, rows, x_at, act, act_weights, sums_at, panel_at):
     for start in range(0, F, HALF):
         f = min(start, F - HALF) if in_place else start  # the last rows again, rather than rows that are not there
         used = min(HALF, F - f)
-        gate_at, up_at = at + f * D * FLOAT, at + (F + f) * D * FLOAT
+        gate_at = at + f * D * FLOAT
+        up_at = gate_at + a[UP]
         if not in_place:
             _fill(kind, at, 2 * F, f, used, F + f, used, panel)
             gate_at, up_at = panel_at, panel_at + HALF * D * FLOAT
