@@ -83,7 +83,7 @@ class MambaMixer(nn.Module):
         R, N = self.dt_rank, self.d_state
         B = self.hook_B(self.b_layernorm(dt_B_C[..., R : R + N]))
         C = self.hook_C(self.c_layernorm(dt_B_C[..., R + N :]))
-        dt = F.linear(self.dt_layernorm(dt_B_C[..., :R]), self.dt_proj.weight)
+        dt = self.dt_layernorm(dt_B_C[..., :R])
 
         scan = self._scan(x, dt, B, C, gate, run, memory)
         if run.packed_states is not None:
@@ -120,7 +120,7 @@ class MambaMixer(nn.Module):
         )
 
     def _scan(self, x, dt, B, C, gate, run: Run, memory: MambaState | None) -> ScanResult:
-        """softplus of dt and its bias, the scan and the gate, if there is one yet.
+        """dt [B T R] as a step size, the scan and the gate, if there is one yet.
 
         Steps, trajectory and read-out before the gate exist only when somebody listens to them.
         """
@@ -135,10 +135,10 @@ class MambaMixer(nn.Module):
         if not open_y:
             arguments["gate"] = gate
         if self.hook_dt.heard or trajectory:
-            dt = activations.step_size(dt, self.dt_proj.bias)
+            dt = activations.step_size(F.linear(dt, self.dt_proj.weight), self.dt_proj.bias)
             dt = self.hook_dt(dt if mask is None else dt * mask[..., None])
         else:
-            arguments.update(dt_bias=self.dt_proj.bias, dt_softplus=True)
+            arguments.update(dt_weight=self.dt_proj.weight, dt_bias=self.dt_proj.bias, dt_softplus=True)
         scan = self._scan_with_listeners(x, dt, arguments) if trajectory else selective_scan(x, dt, **arguments)
         if open_y:
             scan = scan._replace(y=activations.gated(self.hook_y(scan.y), gate))

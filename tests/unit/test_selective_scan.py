@@ -117,6 +117,34 @@ def test_cpu_equals_reference_with_raw_steps_and_marks(size, edited):
     assert_close(run(arguments, torch.float32, "cpu", **options), expected, 2e-6)
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("ranks", [1, 3, 16, 17])
+@pytest.mark.parametrize("size", ["one-of-everything", "odd", "chunk-and-one", "many-blocks"])
+def test_steps_of_low_rank(size, ranks, gradients):
+    batch, length, channels, _ = SIZES[size]
+    generator = torch.Generator().manual_seed(6)
+    arguments = make(*SIZES[size])
+    arguments["dt"] = torch.randn(batch, length, ranks, generator=generator, dtype=torch.float64)
+    arguments["dt_weight"] = torch.randn(channels, ranks, generator=generator, dtype=torch.float64) / ranks**0.5
+    arguments["dt_bias"] = torch.randn(channels, generator=generator, dtype=torch.float64)
+    options = dict(dt_softplus=True, capture="all", **marks(batch, length))
+    written_out = arguments | {"dt": arguments["dt"] @ arguments["dt_weight"].T}
+    del written_out["dt_weight"]
+    expected = run(written_out, torch.float64, "reference", **options)
+    if gradients:
+        of_dt, names = expected.pop("gradient of dt"), ("dt", "dt_weight")
+        expected["gradient of dt"] = of_dt @ arguments["dt_weight"]
+        expected["gradient of dt_weight"] = torch.einsum("bte, btr -> er", of_dt, arguments["dt"])
+        for backend, dtype, tolerance in (("cpu", torch.float32, 2e-6), ("reference", torch.float64, 1e-12)):
+            found = run(arguments, dtype, backend, **options)
+            assert set(names) <= {name.removeprefix("gradient of ") for name in found}
+            assert_close(found, expected, tolerance)
+        return
+    with torch.no_grad():
+        found = selective_scan(**{k: v.float() for k, v in arguments.items()}, **options, backend="cpu")
+    assert_close(found._asdict(), {k: expected[k] for k in found._fields}, 2e-6)
+
+
 @pytest.mark.parametrize("channels", [[0], [3, 4, 5, 20], list(range(16, 32)), [], [32]], ids=str)
 def test_cpu_captures_chosen_channels(channels):
     arguments = make(2, 30, 33, 5)

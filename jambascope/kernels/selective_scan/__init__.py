@@ -33,11 +33,13 @@ __all__ = ["ScanResult", "StateEdits", "selective_scan"]
 
 Backend = Literal["auto", "reference", "cpu", "triton", "mamba_ssm"]
 BACKENDS = ("reference", "cpu", "triton", "mamba_ssm")
+MOST_RANKS = 16
+"""Of ``dt_weight``, up to which the CPU loop multiplies by it: of more a library makes a product."""
 
 
 def selective_scan(
     x: Float[torch.Tensor, "batch pos d_inner"],
-    dt: Float[torch.Tensor, "batch pos d_inner"],
+    dt: Float[torch.Tensor, "batch pos d_inner"] | Float[torch.Tensor, "batch pos dt_rank"],
     A: Float[torch.Tensor, "d_inner d_state"],
     B: Float[torch.Tensor, "batch pos d_state"],
     C: Float[torch.Tensor, "batch pos d_state"],
@@ -46,6 +48,7 @@ def selective_scan(
     gate: Float[torch.Tensor, "batch pos d_inner"] | None = None,
     dt_bias: Float[torch.Tensor, " d_inner"] | None = None,
     dt_softplus: bool = False,
+    dt_weight: Float[torch.Tensor, "d_inner dt_rank"] | None = None,
     initial_state: Float[torch.Tensor, "batch d_inner d_state"] | None = None,
     mask: Bool[torch.Tensor, "batch pos"] | None = None,
     resets: Bool[torch.Tensor, "batch pos"] | None = None,
@@ -65,6 +68,7 @@ def selective_scan(
         x, dt, gate: [B T E].  A: [E N], negative.  B, C: [B T N].  D, dt_bias: [E].
         dt_bias, dt_softplus: the step size is ``softplus(dt + dt_bias)``, computed in float32; without them ``dt``
             is the step size itself.
+        dt_weight: [E R], where dt is [B T R] and this times it what is meant; of few ranks no backend writes that out.
         initial_state: [B E N], the state before the first position; zeros when absent.
         mask: [B T], true at tokens. Padding, wherever it stands, leaves the state as it was, and ``y`` is 0 there.
         resets: [B T], true at the first token of each document packed into a row: it remembers nothing before it.
@@ -88,7 +92,7 @@ def selective_scan(
     """
     bounds = None if cu_seqlens is None else checked_bounds(cu_seqlens, x)
     initial_rows = checked_rows("initial_rows", initial_rows, initial_state, bounds)
-    _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds, initial_rows)
+    _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds, initial_rows, dt_weight)
     length, d_inner = x.shape[1:]
     if capture is not None:
         capture = checked_indices(capture, length, "capture", "positions")
@@ -98,10 +102,16 @@ def selective_scan(
         capture_channels = checked_indices(capture_channels, d_inner, "capture_channels", "channels")
     if edits is not None:
         edits = _checked_edits(edits, x, A)
+    scan = _backend(backend, x)
+    if dt_weight is not None:
+        in_loop = _is_cpu(scan) and dt.dtype == torch.float32 and dt_weight.shape[1] <= MOST_RANKS
+        if not in_loop or wants_gradient(x, dt, A, B, C, D, gate, dt_bias, dt_weight, initial_state):
+            dt, dt_weight = F.linear(dt, dt_weight), None
     options = Options(
         gate,
         dt_bias,
         dt_softplus,
+        dt_weight,
         initial_state,
         make_marks(mask, resets),
         capture,
@@ -109,7 +119,6 @@ def selective_scan(
         edits,
         return_last_state,
     )
-    scan = _backend(backend, x)
     if bounds is None:
         return scan(x, dt, A, B, C, D, options)
     refuse_packed(mask=mask, resets=resets, capture=capture, edits=edits)
@@ -120,7 +129,7 @@ def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray, 
     """Rows of different lengths: by the loops themselves, or side by side, where what follows a row has a step of 0 and
     leaves its state as it was."""
     tensors = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state)
-    if scan.__module__ == f"{__name__}.cpu" and not wants_gradient(*tensors):
+    if _is_cpu(scan) and not wants_gradient(*tensors):
         return scan(x, dt, A, B, C, D, options, bounds, initial_rows)
     initial_state = options.initial_state if initial_rows is None else picked(options.initial_state, initial_rows)
     if options.dt_softplus or options.dt_bias is not None:
@@ -136,6 +145,10 @@ def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray, 
 
     over_time = [x, dt, B, C] if options.gate is None else [x, dt, B, C, options.gate]
     return ScanResult(*side_by_side(run, over_time, [initial_state], bounds), None)
+
+
+def _is_cpu(scan: Callable) -> bool:
+    return scan.__module__ == f"{__name__}.cpu"
 
 
 def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
@@ -158,7 +171,9 @@ def _backend(name: str, x: torch.Tensor) -> Callable[..., ScanResult]:
     return import_module(f"jambascope.kernels.selective_scan.{name}").selective_scan
 
 
-def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds, initial_rows) -> None:
+def _check_shapes(
+    x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets, bounds, initial_rows, dt_weight
+) -> None:
     if x.ndim != 3 or A.ndim != 2 or not x.is_floating_point():
         raise InputError(
             f"x and A are {x.dtype} {tuple(x.shape)} and {tuple(A.shape)}; give floating-point [B T E] and [E N]"
@@ -171,8 +186,10 @@ def _check_shapes(x, dt, A, B, C, D, gate, dt_bias, initial_state, mask, resets,
         raise InputError("x has no positions (shape [B 0 E]); a scan needs at least one")
     if 0 in (batch, d_inner, d_state):
         raise InputError(f"x {tuple(x.shape)} and A {tuple(A.shape)} have an axis of size 0; a scan needs at least one")
+    ranks = d_inner if dt_weight is None else dt.shape[-1]
     expected = {
-        "dt": (dt, (batch, length, d_inner)),
+        "dt": (dt, (batch, length, ranks)),
+        "dt_weight": (dt_weight, (d_inner, ranks)),
         "A": (A, (d_inner, d_state)),
         "B": (B, (batch, length, d_state)),
         "C": (C, (batch, length, d_state)),

@@ -1,4 +1,4 @@
-"""The CPU backend: autograd and shapes around the numba loops of ``cpu_kernels``."""
+"""The CPU backend: autograd and shapes around the numba loops of ``cpu_kernels`` and ``cpu_backward``."""
 
 from __future__ import annotations
 
@@ -74,14 +74,17 @@ def selective_scan(
     if initial_rows is not None and (pad or not _is_solid(options.initial_state)):
         options = options._replace(initial_state=picked(options.initial_state, initial_rows))
         initial_rows = None
-    inputs = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state, scale, shift)
+    inputs, dt_weight = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state, scale, shift), None
+    if options.dt_weight is not None:
+        dt_weight = F.pad(options.dt_weight.T, (0, pad))
     if pad:
-        inputs = _pad_channels(inputs, pad)
+        inputs = _pad_channels(inputs, pad, dt_weight is None)
     plan = _plan(options, length, d_inner, pad)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
         y, final, captured = _Scan.apply(*inputs, plan._replace(return_last_state=True))
     else:
-        (y, final, captured), _ = _scan(*inputs, plan, keep=False, bounds=bounds, h0_rows=initial_rows)
+        rows = dict(bounds=bounds, h0_rows=initial_rows)
+        (y, final, captured), _ = _scan(*inputs, plan, keep=False, **rows, dt_weight=dt_weight)
     # Transposed here and not in the function: hooks may edit a view in place, but not one that a function returned.
     captured = None if options.capture is None else captured.permute(0, 3, 1, 2)
     if pad:
@@ -89,9 +92,10 @@ def selective_scan(
     return ScanResult(y, final, captured)
 
 
-def _pad_channels(inputs: tuple, pad: int) -> tuple:
+def _pad_channels(inputs: tuple, pad: int, dt_has_them: bool) -> tuple:
     x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift = inputs
-    x, dt, D, gate, dt_bias = [None if v is None else F.pad(v, (0, pad)) for v in (x, dt, D, gate, dt_bias)]
+    x, D, gate, dt_bias = [None if v is None else F.pad(v, (0, pad)) for v in (x, D, gate, dt_bias)]
+    dt = F.pad(dt, (0, pad)) if dt_has_them else dt
     A, h0 = [None if v is None else F.pad(v, (0, 0, 0, pad)) for v in (A, h0)]
     scale, shift = [None if v is None else F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (scale, shift)]
     return x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift
@@ -168,8 +172,11 @@ def _chunk_length(d_state: int) -> int:
     return max(8, min(64, 512 // d_state))
 
 
-def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep: bool, bounds=None, h0_rows=None):
-    """Results (y, final, captured [B slot N channel]) and, with ``keep``, what the backward needs."""
+def _scan(
+    x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift,
+    plan: _Plan, keep: bool, bounds=None, h0_rows=None, dt_weight=None,
+):  # fmt: skip
+    """Results (y, final, captured [B slot N channel]) and, with ``keep``, what the backward needs. dt_weight [R E]."""
     from jambascope.kernels.selective_scan import cpu_kernels as k
 
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
@@ -192,12 +199,12 @@ def _scan(x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan: _Plan, keep:
     positions, channels = plan.captured_size
     captured = torch.empty(batch, positions, d_state, channels, **FLOAT32)
     checkpoints = torch.empty(batch, -(-length // chunk), d_state, d_inner, **FLOAT32) if keep else None
-    start_state = solid(None if h0 is None else h0.mT)
+    start_state, dt_weight = solid(None if h0 is None else h0.mT), solid(dt_weight)
     of_rows = bounds.ctypes.data, 0 if h0_rows is None else h0_rows.ctypes.data
     run_loop(
         k.forward, batch * d_inner // k.LANES,
         length, d_inner, d_state, given.edits_count, positions, channels, chunk,
-        bool(plan.dt_softplus), gate_row, *of_rows,
+        bool(plan.dt_softplus), 0 if dt_weight is None else len(dt_weight), _address(dt_weight), gate_row, *of_rows,
         *map(_address, given.tensors), _address(gate), _address(given.dt_bias),
         _address_of(plan.marks), _address_of(plan.edit_slot), *map(_address, given.edits),
         _address_of(plan.capture_slot), _address_of(plan.channel_slot),
@@ -218,7 +225,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal, dcaptured):
-        from jambascope.kernels.selective_scan import cpu_kernels as k
+        from jambascope.kernels.selective_scan import cpu_backward as k
 
         inputs = ctx.saved_tensors
         x, _, A, *_, gate, dt_bias, h0, scale, _ = inputs

@@ -56,6 +56,8 @@ class Options(NamedTuple):
     gate: torch.Tensor | None
     dt_bias: torch.Tensor | None
     dt_softplus: bool
+    dt_weight: torch.Tensor | None
+    """[E R], where dt is [B T R]; only the CPU loop without gradients meets one."""
     initial_state: torch.Tensor | None
     marks: torch.Tensor | None
     """[B T] uint8 on the device: RESET and PADDING bits; None when every position is an ordinary token."""
