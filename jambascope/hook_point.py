@@ -125,7 +125,8 @@ class At:
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
-        return f"At({list(self.positions)}, {name})"
+        few = ", ".join(map(str, self.positions[:8])) + (", ..." if len(self.positions) > 8 else "")
+        return f"At([{few}], {name})"
 
     def __call__(self, value: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
         held = hook.positions
@@ -264,10 +265,12 @@ def widened(edits: StateEdits | None, positions: Sequence[int], like: torch.Tens
     return StateEdits(every, scale, shift)
 
 
-def indices_in(held: Sequence[int], positions: Sequence[int]) -> list[int]:
+def indices_in(held: Sequence[int], positions: Sequence[int]) -> Sequence[int]:
     """Where in ``held`` those of ``positions`` stand that it has; both ascending. Costs as their overlap is long."""
     if not held:
         return []
+    if isinstance(held, range) and len(positions) == len(held) and (positions[0], positions[-1]) == (held[0], held[-1]):
+        return range(len(held))
     present = positions[bisect_left(positions, held[0]) : bisect_left(positions, held[-1] + 1)]
     if isinstance(held, range):
         return [p - held.start for p in present]

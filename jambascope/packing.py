@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ class Packing:
     def __init__(
         self, starts: Sequence[int], length: int, device: torch.device, ends: Sequence[int] | None = None
     ) -> None:
-        self.starts, self.length = np.asarray(starts), length
+        self.starts, self.length, self.device = np.asarray(starts), length, device
         lengths = (length if ends is None else np.asarray(ends)) - self.starts
         self.bounds = np.concatenate(([0], lengths.cumsum()))
         """Where rows begin and end among the tokens: the kernels' ``cu_seqlens``."""
@@ -26,8 +28,23 @@ class Packing:
         """Of each token."""
         self.position_of = np.arange(self.bounds[-1]) - np.repeat(self.bounds[:-1] - self.starts, lengths)
         """Of each token."""
-        self.rows: Int[torch.Tensor, " token"] = index_tensor(self.row_of, device)
-        self.positions: Int[torch.Tensor, " token"] = index_tensor(self.position_of, device)
+
+    def part(self, first: int, stop: int) -> Packing:
+        """The rows from ``first`` to ``stop`` alone."""
+        part, tokens = copy(self), slice(self.bounds[first], self.bounds[stop])
+        for name in ("rows", "positions"):
+            vars(part).pop(name, None)
+        part.starts, part.bounds = self.starts[first:stop], self.bounds[first : stop + 1] - self.bounds[first]
+        part.row_of, part.position_of = self.row_of[tokens] - first, self.position_of[tokens]
+        return part
+
+    @cached_property
+    def rows(self) -> Int[torch.Tensor, " token"]:
+        return index_tensor(self.row_of, self.device)
+
+    @cached_property
+    def positions(self) -> Int[torch.Tensor, " token"]:
+        return index_tensor(self.position_of, self.device)
 
     def tokens(self, rows: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         """Which tokens are at these positions of these rows."""

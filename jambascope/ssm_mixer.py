@@ -60,12 +60,13 @@ def conv_states(x: torch.Tensor, past: torch.Tensor | None, mask: torch.Tensor |
     batch, length, channels = x.shape
     if past is None:
         past = x.new_zeros(batch, width, channels)
-    time = torch.arange(length, device=x.device)
     if mask is None:
-        inputs, seen = torch.cat((past, x), dim=1), (time + 1).expand(batch, -1)
-    else:
-        order = (~mask).int().argsort(dim=1, stable=True)  # tokens first, in order
-        inputs, seen = torch.cat((past, x.gather(1, order[..., None].expand_as(x))), dim=1), mask.cumsum(1)
+        inputs = torch.cat((past, x), dim=1)
+        if width:
+            return torch.stack([inputs[:, w : w + length] for w in range(1, width + 1)], dim=2)
+        return x.new_empty(batch, length, 0, channels)
+    order = (~mask).int().argsort(dim=1, stable=True)  # tokens first, in order
+    inputs, seen = torch.cat((past, x.gather(1, order[..., None].expand_as(x))), dim=1), mask.cumsum(1)
     entry = seen[..., None] + torch.arange(width, device=x.device)
     return inputs[torch.arange(batch, device=x.device)[:, None, None], entry]
 

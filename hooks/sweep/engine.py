@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -56,36 +57,37 @@ class Engine:
     @torch.no_grad()
     def logits(self, rows: Sequence[Row]) -> Float[torch.Tensor, "R read vocab"]:
         """The logits of rows, which are sorted by :meth:`order`."""
-        model, x, together = self.model, None, None
+        model, x, together, joined = self.model, None, None, 0
+        whole = self._together(rows)
         by_layer = {
             layer: list(group) for layer, group in groupby(rows, key=lambda row: self.targets[row.target].layer)
         }
         with model._lock:
             for layer in range(min(by_layer), model.config.n_layers):
                 joining = by_layer.get(layer, [])
-                entering = [row for row in joining if self._entering[row.target]]
+                entering = sum(self._entering[row.target] for row in joining)
                 mixed, last = None, layer == model.config.n_layers - 1
                 if entering:
-                    more = self._together(entering)
+                    more, joined = whole.part(joined, joined + entering), joined + entering
                     mixed = self._mixed_from_base(layer, more)
                     if mixed is None:
-                        x, together = _joined(x, self._patched_stream(layer, more)), self._with(together, more)
+                        x, together = _joined(x, self._patched_stream(layer, more)), whole.part(0, joined)
                     elif last:
                         mixed = mixed.index_select(1, more.at(self.reads))
                 if together is not None:
                     x = self._mix(layer, x, together, together.at(self.reads) if last else None)
                 if mixed is not None:
-                    x, together = _joined(x, mixed), self._with(together, more)
+                    x, together = _joined(x, mixed), whole.part(0, joined)
                 if x is not None:
                     run = Run(1, x.shape[1], x.device, None, None)
                     run.into_stream = True  # nobody else has it
                     x = model.blocks[layer].feed(x, run)
-                for target, rows_of_target in by_target([row for row in joining if not self._entering[row.target]]):
-                    more = self._together(rows_of_target)
+                for target, rows_of_target in by_target(joining[entering:]):
+                    more, joined = whole.part(joined, joined + len(rows_of_target)), joined + len(rows_of_target)
                     within = self._after_layer(layer, target, more)
                     if last:
                         within = within.index_select(1, more.at(self.reads))
-                    x, together = _joined(x, within), self._with(together, more)
+                    x, together = _joined(x, within), whole.part(0, joined)
             logits = model.unembed(model.ln_final(x))[0]
         having, read = together.having(self.reads)
         if len(having) == len(rows) * len(self.reads):
@@ -106,9 +108,6 @@ class Engine:
 
     def _together(self, rows: Sequence[Row]) -> Together:
         return Together(rows, self.base, self.model.device)
-
-    def _with(self, some: Together | None, more: Together) -> Together:
-        return more if some is None else self._together([*some.rows, *more.rows])
 
     def _patched_stream(self, layer: int, together: Together) -> torch.Tensor:
         x, (entries, at) = together.stream(layer), together.patched()
@@ -132,7 +131,7 @@ class Engine:
         in_begun, later = index_tensor(in_begun, device), index_tensor(np.flatnonzero(later), device)
 
         x = self._patched_stream(layer, together)
-        state = InferenceState([base.memory(model, layer, together.pair_of, packing.starts)] * model.config.n_layers)
+        state = InferenceState([base.memory(model, layer, together.pair_of, together.entries)] * model.config.n_layers)
         run = Run(1, len(in_begun), device, None, state, packing=begun)
         run.packed_states = {}
         mixed = block.mix(x.index_select(1, in_begun), run)
@@ -144,7 +143,7 @@ class Engine:
     ) -> Float[torch.Tensor, "1 token d_model"]:
         """The first half of a layer; where only the tokens ``reads`` are wanted of what leaves it, those."""
         model, packing = self.model, together.packing
-        memory = self.base.memory(model, layer, together.pair_of, packing.starts)
+        memory = self.base.memory(model, layer, together.pair_of, together.entries)
         state = InferenceState([memory] * model.config.n_layers)
         run = Run(1, x.shape[1], x.device, None, state, packing=packing)
         run.into_stream = True
@@ -180,7 +179,8 @@ class Engine:
         x = self.base.stream(layer)[:, start:].index_select(0, together.pairs)
         state = None
         if start:
-            memory = self.base.memory(model, layer, together.pair_of, np.full(len(rows), start))
+            starts = partial(self.base.entries, together.pair_of, np.full(len(rows), start))
+            memory = self.base.memory(model, layer, together.pair_of, starts)
             state = InferenceState([memory.gathered()] * model.config.n_layers, start)
         model._clock.start, model._clock.length = start, x.shape[1]
         hooks = patch_hooks(model, self.base, self.source, self.targets[target], rows)

@@ -175,29 +175,32 @@ class Base:
         return Inputs(*(self.recording.values[name] for name in names))
 
     def memory(
-        self, model: HookedJamba, layer: int, prompts: np.ndarray, starts: np.ndarray
+        self, model: HookedJamba, layer: int, prompts: np.ndarray, entries: Callable[[tuple[int, ...]], np.ndarray]
     ) -> PickedKeyValueState | PickedMambaState:
-        """What a layer remembers when each row, of one of the prompts, begins at one of ``starts``."""
+        """What a layer remembers when each row, of one of the prompts, begins at one of ``starts``.
+
+        ``entries``: of positions that are held, what :meth:`entries` gives for the rows.
+        """
         if layer in self.keys:
             held = self.keys[layer]
             return PickedKeyValueState(held.keys[:, : self.length], held.values[:, : self.length], prompts)
-        mixer = model.config.mixers[layer]
-        nothing, none = MambaState.create(model.config, mixer, 1, model.device, model.dtype), np.full(len(starts), -1)
-        if not starts.any():
-            return PickedMambaState(nothing.conv, nothing.ssm, none, none)
-        ssm, ssm_rows = self._entries(f"blocks.{layer}.{STATE}", prompts, starts)
-        if model.config.d_conv == 1:
-            return PickedMambaState(nothing.conv, ssm, none, ssm_rows)
-        conv, conv_rows = self._entries(f"blocks.{layer}.{CONV_STATE}", prompts, starts)
+        parts = []
+        for name in (f"blocks.{layer}.{CONV_STATE}", f"blocks.{layer}.{STATE}"):
+            held = self.recording.values.get(name)
+            if held is None:  # every row begins with a prompt, or a convolution of width 1
+                nothing = MambaState.create(model.config, model.config.mixers[layer], 1, model.device, model.dtype)
+                held = nothing.ssm if name.endswith(STATE) else nothing.conv
+                parts.append((held, np.full(len(prompts), -1)))
+            else:
+                held = held.transpose(1, 2) if name.endswith(STATE) else held  # [A E T N], in memory [A T N E]
+                parts.append((held.flatten(0, 1), entries(tuple(self.recording.positions[name]))))
+        (conv, conv_rows), (ssm, ssm_rows) = parts
         return PickedMambaState(conv, ssm, conv_rows, ssm_rows)
 
-    def _entries(self, name: str, prompts: np.ndarray, starts: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """What a Mamba layer held after all positions that are kept, [A x T ...], and which of it before each row."""
-        value = self.recording.values[name]
-        if name.endswith(STATE):  # [A E T N], in memory [A T N E]
-            value = value.transpose(1, 2)
-        rows = prompts * value.shape[1] + self.recording.places(name, np.maximum(starts - 1, 0))
-        return value.flatten(0, 1), np.where(starts > 0, rows, -1)
+    def entries(self, prompts: np.ndarray, starts: np.ndarray, held: Sequence[int]) -> np.ndarray:
+        """Of what a Mamba layer held after positions ``held``, [A x T ...], which rows begin with; -1 for nothing."""
+        places = np.searchsorted(held, np.maximum(starts - 1, 0))
+        return np.where(starts > 0, prompts * len(held) + places, -1)
 
 
 def base_points(length: int, layers: range, further: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:

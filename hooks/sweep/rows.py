@@ -6,6 +6,7 @@ R row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -73,6 +74,24 @@ class Together:
         self.packing = Packing(base.starts_of([row.positions[0] for row in rows]), base.length, device)
         self.pair_of = np.array([row.pair for row in rows])
         self.pairs = index_tensor(self.pair_of, device)
+        self._first, self._entries = 0, {}
+        self._whole: Together | None = None
+        """What this is a part of; not itself, for a circle would live on until the garbage collector comes."""
+
+    def part(self, first: int, stop: int) -> Together:
+        """The rows from ``first`` to ``stop`` alone."""
+        part = copy(self)
+        part.rows, part.packing = self.rows[first:stop], self.packing.part(first, stop)
+        part.pair_of, part.pairs = self.pair_of[first:stop], self.pairs[first:stop]
+        part._first, part._whole = self._first + first, self._whole or self
+        return part
+
+    def entries(self, held: tuple[int, ...]) -> np.ndarray:
+        """See :meth:`Base.entries`; found once for every layer and part."""
+        known, whole = self._entries, self._whole or self
+        if held not in known:
+            known[held] = self.base.entries(whole.pair_of, whole.packing.starts, held)
+        return known[held][self._first : self._first + len(self.rows)]
 
     def stream(self, layer: int) -> Float[torch.Tensor, "1 token d_model"]:
         """What enters a layer in the base run; after the last layer what leaves it."""

@@ -30,8 +30,9 @@ class Running(ABC):
         self.axes = {"metric": [m.name for m in question.metrics], "pair": list(range(question.pairs))}
         self._labels: dict[str, xr.DataArray] = {}
         """Name -> its axes, made once: for an index xarray takes longer than a batch does."""
-        self.runs = {name: self._nothing(name, self.axes) for name in ("clean", "corrupted")}
+        self.runs = {"clean": (nothing := self._nothing("clean", self.axes)), "corrupted": nothing.copy()}
         """Run -> its metrics, [metric pair]."""
+        self._labels["corrupted"] = self._labels["clean"]
         self.coords: dict[str, dict[str, list]] = {}
         """Name -> axes of its cells, in order."""
         self.values: dict[str, np.ndarray] = {}

@@ -102,12 +102,12 @@ class Cells:
         index = 0
         for of_node in self.nodes:
             for target in of_node:
+                name, within = target.node.name, [target.place(cell) for cell in range(target.cells)]
                 for pair, first in enumerate(same_up_to):
                     for i, positions in enumerate(self.positions):
                         positions = tuple(p for p in positions if p >= first) or positions
-                        for cell in range(target.cells):
-                            place = (target.node.name, pair, target.layer, i, *target.place(cell))
-                            yield Row(pair, pair, index, positions, cell, place)
+                        for cell, place in enumerate(within):
+                            yield Row(pair, pair, index, positions, cell, (name, pair, target.layer, i, *place))
                 index += 1
 
 
@@ -131,11 +131,11 @@ class Sweep(Running):
             coords |= {name: list(range(count)) for name, count in axes_of(of_node).items()}
             self.add(of_node[0].node.name, coords)
         self._same_up_to = question.same_up_to
-        rows = [row for row in cells.rows(self._same_up_to) if wanted(row)]
-        self.moving, self.still = (
-            _by_pair(filter(self._moves, rows)),
-            _by_pair(itertools.filterfalse(self._moves, rows)),
-        )
+        self.moving: dict[int, list[Row]] = {}
+        self.still: dict[int, list[Row]] = {}
+        """Rows of each pair: those whose patch can change what is read, and the others."""
+        for row in filter(wanted, cells.rows(self._same_up_to)):
+            (self.moving if self._moves(row) else self.still).setdefault(row.pair, []).append(row)
         self.needs = Needs(question, cells.targets, itertools.chain(*self.moving.values()))
         self.groups, self.rooms = self.needs.groups(max_bytes)
 
@@ -184,13 +184,6 @@ class Sweep(Running):
             self.model, question.base, reads, starts, needs.layers(group), of_base, prompts
         )
         return Engine(self.model, self.cells.targets, base, source, reads), source_logits
-
-
-def _by_pair(rows: Iterable[Row]) -> dict[int, list[Row]]:
-    found: dict[int, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.pair, []).append(row)
-    return found
 
 
 def _shifted(row: Row, first: int) -> Row:

@@ -76,7 +76,7 @@ def selective_scan(
         initial_rows = None
     inputs, dt_weight = (x, dt, A, B, C, D, options.gate, options.dt_bias, options.initial_state, scale, shift), None
     if options.dt_weight is not None:
-        dt_weight = F.pad(options.dt_weight.T, (0, pad))
+        dt_weight = F.pad(options.dt_weight.T, (0, pad)) if pad else options.dt_weight.T
     if pad:
         inputs = _pad_channels(inputs, pad, dt_weight is None)
     plan = _plan(options, length, d_inner, pad)
