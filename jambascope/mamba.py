@@ -16,7 +16,7 @@ from jambascope.config import JambaConfig
 from jambascope.devices import index_tensor
 from jambascope.hook_point import HookPoint
 from jambascope.kernels import activations
-from jambascope.kernels.selective_scan import ScanResult, selective_scan
+from jambascope.kernels.selective_scan import ScanResult, selective_scan, step_size
 from jambascope.kernels.selective_scan.shared import Inputs, scan_on
 from jambascope.norms import InnerNorm
 from jambascope.ssm_mixer import convolve, scan_with_listeners
@@ -135,7 +135,7 @@ class MambaMixer(nn.Module):
         if not open_y:
             arguments["gate"] = gate
         if self.hook_dt.heard or trajectory:
-            dt = activations.step_size(F.linear(dt, self.dt_proj.weight), self.dt_proj.bias)
+            dt = step_size(dt, self.dt_proj.weight, self.dt_proj.bias)
             dt = self.hook_dt(dt if mask is None else dt * mask[..., None])
         else:
             arguments.update(dt_weight=self.dt_proj.weight, dt_bias=self.dt_proj.bias, dt_softplus=True)

@@ -19,7 +19,16 @@ from jambascope.hooks.sweep import interventions, logit_difference, patch_sweep,
 from jambascope.hooks.sweep.nodes import needed
 from jambascope.model import HookedJamba
 from jambascope.studies import patching_report as report
-from jambascope.studies.prompt_pairs import FILLER, REVIEW, PromptPairs, Swap, given_pairs, review_pairs
+from jambascope.studies.prompt_pairs import (
+    FILLER,
+    REVIEW,
+    PromptPairs,
+    Reader,
+    Swap,
+    check_lengths,
+    given_pairs,
+    review_pairs,
+)
 from jambascope.studies.prompts import check_tokenizer
 from jambascope.studies.runner.spec import Spec
 from jambascope.studies.runner.study import Cell, Found, Study, grid
@@ -80,9 +89,11 @@ class Place(NamedTuple):
 def check(spec: PatchingSpec, config: JambaConfig, directory: Path) -> None:
     if not _components(spec, _Table(config, hook_rows(config))):
         raise ConfigError(f"it has none of components={','.join(spec.components)}; add resid_pre, which all have")
+    tokenizer = checkpoint.load_tokenizer(directory)
     if spec.clean:
+        check_lengths(Reader(config, tokenizer), spec.clean, spec.corrupted)
         return
-    check_tokenizer(checkpoint.load_tokenizer(directory))
+    check_tokenizer(tokenizer)
     if (spec.shots + 1) * (REVIEW + spec.filler * FILLER) > config.n_ctx:
         raise ConfigError(f"shots={spec.shots} exceed its context of {config.n_ctx} tokens; make shots smaller")
 

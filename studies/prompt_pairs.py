@@ -14,11 +14,13 @@ from jaxtyping import Int
 from jambascope.errors import InputError
 from jambascope.hooks.sweep.question import prompt_pairs
 from jambascope.studies.prompts import check_tokenizer
+from jambascope.tokens import encode
 from jambascope.zoo.documents import pair, pick
 from jambascope.zoo.reviews import HELD_OUT_KINDS, label_words
 from jambascope.zoo.words import LABEL_PAIRS, NAMES, SENTIMENTS, THINGS, TOPICS, VOCABULARY
 
 if TYPE_CHECKING:
+    from jambascope.config import JambaConfig
     from jambascope.model import HookedJamba
 
 Swap = Literal["word", "labels"]
@@ -221,10 +223,7 @@ def given_pairs(model: HookedJamba, clean: str, corrupted: str, answer: str, wro
         InputError: texts that do not correspond token by token, that are equal, or answers that are not one token for
             each pair (or one for all).
     """
-    texts = [[part.strip() for part in text.split(BETWEEN)] for text in (clean, corrupted)]
-    if len(texts[0]) != len(texts[1]):
-        raise InputError(f"clean has {len(texts[0])} prompts and corrupted {len(texts[1])}; part as many by {BETWEEN}")
-    first, second = prompt_pairs(model, *texts)
+    first, second = prompt_pairs(model, *_parted(clean, corrupted))
     if bool((first == second).all(1).any()):
         raise InputError("clean and corrupted have a prompt in common: a patch of it can change nothing")
     answers, others = (
@@ -239,6 +238,38 @@ def given_pairs(model: HookedJamba, clean: str, corrupted: str, answer: str, wro
         raise InputError("answer and wrong are the same token; a logit difference needs two")
     names = model.to_str_tokens(first[0])
     return PromptPairs(first, second, answers, others, {f"{p} {name}": (p,) for p, name in enumerate(names)})
+
+
+def _parted(clean: str, corrupted: str) -> list[list[str]]:
+    """
+    Raises:
+        InputError: not as many of one as of the other.
+    """
+    texts = [[part.strip() for part in text.split(BETWEEN)] for text in (clean, corrupted)]
+    if len(texts[0]) != len(texts[1]):
+        raise InputError(f"clean has {len(texts[0])} prompts and corrupted {len(texts[1])}; part as many by {BETWEEN}")
+    return texts
+
+
+class Reader(NamedTuple):
+    """What makes tokens of text, before a model is opened."""
+
+    config: JambaConfig
+    tokenizer: Any
+
+
+def check_lengths(reader: Reader, clean: str, corrupted: str) -> None:
+    """
+    Raises:
+        InputError: prompts of a user that are not all of one length in tokens.
+    """
+    counts = [[len(encode(reader, text, None)[0][0]) for text in texts] for texts in _parted(clean, corrupted)]
+    if len({count for of in counts for count in of}) > 1:
+        first, second = (", ".join(map(str, of)) for of in counts)
+        raise InputError(
+            f"clean has prompts of {first} tokens and corrupted of {second}; a patch needs prompts that correspond "
+            "token by token, so give all of one length"
+        )
 
 
 def one_token(model: HookedJamba, field: str, text: str) -> int:

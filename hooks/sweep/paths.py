@@ -314,9 +314,8 @@ class _Paths(Running):
             self.write([Row(p, p, 0, (), 0, ("paths", p, sender, last)) for sender in some for p in pairs], found)
 
     def _written(self) -> list[str]:
-        """What else is kept of the base run: its stream between the halves of layers, and what receivers replace."""
-        names = [f"blocks.{layer}.hook_resid_mid" for layer in _feeding(self.model) if layer in self.layers]
-        return names + [target.name for target in self.receivers if target.tail == "hook_mlp_out"]
+        """What else is kept of the base run: its stream between the halves of layers."""
+        return [f"blocks.{layer}.hook_resid_mid" for layer in _feeding(self.model) if layer in self.layers]
 
     def _streams(
         self, base: Base, source: Recording, group: list[int]

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,8 @@ class Effects:
     """Denoise: clean values put into the corrupted run; noise: the reverse."""
     complete: bool = True
     """Whether every cell was reached."""
+    name_column: ClassVar[str | None] = None
+    """Of the table, which tells apart what ``values`` has by name; None where it is one thing."""
 
     @property
     def base(self) -> xr.DataArray:
@@ -83,6 +85,10 @@ class Effects:
         path, table = Path(path), pa.Table.from_pandas(self.table(), preserve_index=False)
         about = {
             "axes": {name: {d: values[d].values.tolist() for d in values.dims} for name, values in self.values.items()},
+            "beside": {
+                name: {c: (v.dims, v.values.tolist()) for c, v in values.coords.items() if c not in values.dims}
+                for name, values in self.values.items()
+            },
             "ends": {name: getattr(self, name).values.tolist() for name in ("clean", "corrupted")},
             "direction": self.direction,
             "complete": self.complete,
@@ -97,6 +103,37 @@ class Effects:
                 "may be written to"
             ) from problem
 
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What ``save`` of this class wrote.
+
+        Raises:
+            InputError: a file that cannot be read, or that ``save`` did not write.
+        """
+        try:
+            table = read_table(Path(path))
+            about, cells = json.loads(table.schema.metadata[_ABOUT]), table.to_pandas()
+            values = {}
+            for name, axes in about["axes"].items():
+                own = cells if cls.name_column is None else cells[cells[cls.name_column] == name]
+                found = _filled(own[cls._columns([*axes])], own["value"], axes)
+                values[name] = found.assign_coords({c: tuple(v) for c, v in about["beside"][name].items()})
+            first = next(iter(values.values()))
+            ends = {
+                name: xr.DataArray(found, {d: first[d].values for d in ("metric", "pair")}, ["metric", "pair"])
+                for name, found in about["ends"].items()
+            }
+        except (OSError, pa.ArrowException, TypeError, ValueError, KeyError) as problem:
+            raise InputError(
+                f"path={str(path)!r} is no sweep that {cls.__name__}.save wrote ({problem}); give one that is"
+            ) from problem
+        return cls(values, **ends, direction=about["direction"], complete=about["complete"])
+
+    @staticmethod
+    def _columns(axes: list[str]) -> list[str]:
+        """Of the table, those that say where on the axes a cell stands."""
+        return axes
+
 
 _NUMBERS = ("value", "effect", "clean", "corrupted", "direction", "complete")
 _WITHIN = ("unit", "group")
@@ -109,6 +146,8 @@ class KnockOuts(Effects):
     layer, edge, and head where heads are knocked out one by one. There is one run alone, ``clean``, so no effect is a
     share of a difference: ``changes()``."""
 
+    name_column = "mixer"
+
     def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
         columns = ["mixer", *values.dims, "query", "key", "value", "change", "clean", "complete"]
         return frame.assign(mixer=name)[columns]
@@ -120,33 +159,17 @@ class PatchSweep(Effects):
     these axes, ``unit`` is the number on the first of them and ``group`` that on the second: of channels alone
     ("channels") the group is the unit, of a head's ("head, channels") it is the group."""
 
+    name_column = "node"
+
     def _named(self, name: str, values: xr.DataArray, frame: pd.DataFrame) -> pd.DataFrame:
         axes = values.dims[4:]
         frame = frame.assign(node=name, of=", ".join(axes), unit=0, group=0)
         frame = frame.assign(**{column: frame[axis] for column, axis in zip(_WITHIN, axes, strict=False)})
         return frame[["node", "layer", "position", "of", *_WITHIN, "metric", "pair", *_NUMBERS]]
 
-    @classmethod
-    def load(cls, path: str | Path) -> PatchSweep:
-        """What ``save`` wrote.
-
-        Raises:
-            InputError: a file that cannot be read, or that ``save`` did not write.
-        """
-        try:
-            table = read_table(Path(path))
-            about, cells = json.loads(table.schema.metadata[_ABOUT]), table.to_pandas()
-            values = {name: _filled(cells[cells["node"] == name], axes) for name, axes in about["axes"].items()}
-            first = next(iter(values.values()))
-            ends = {
-                name: xr.DataArray(found, {d: first[d].values for d in ("metric", "pair")}, ["metric", "pair"])
-                for name, found in about["ends"].items()
-            }
-        except (OSError, pa.ArrowException, TypeError, ValueError, KeyError) as problem:
-            raise InputError(
-                f"path={str(path)!r} is no sweep that save wrote ({problem}); give one that is"
-            ) from problem
-        return cls(values, **ends, direction=about["direction"], complete=about["complete"])
+    @staticmethod
+    def _columns(axes: list[str]) -> list[str]:
+        return [*axes[:4], *_WITHIN][: len(axes)]
 
     def top(self, k: int = 10, metric: str | None = None) -> pd.DataFrame:
         """The cells with the largest mean effect over pairs, by size: node, layer, position, of, unit, group, effect.
@@ -169,12 +192,11 @@ class PatchSweep(Effects):
         return cells.iloc[np.argsort(-cells["effect"].abs().fillna(-1).to_numpy(), kind="stable")[:k]]
 
 
-def _filled(cells: pd.DataFrame, axes: dict[str, list]) -> xr.DataArray:
-    """Rows of a table as an array; NaN where there is none."""
+def _filled(where: pd.DataFrame, found: pd.Series, axes: dict[str, list]) -> xr.DataArray:
+    """Values as an array, of cells whose labels on each axis ``where`` says; NaN where there is none."""
     values = xr.DataArray(np.full([len(labels) for labels in axes.values()], np.nan), axes, list(axes))
-    columns = [*[*axes][:4], *_WITHIN]
-    places = (pd.Index(values[d].values).get_indexer(cells[c]) for d, c in zip(axes, columns, strict=False))
-    values.values[tuple(places)] = cells["value"]
+    places = (pd.Index(values[d].values).get_indexer(where[c]) for d, c in zip(axes, where, strict=True))
+    values.values[tuple(places)] = found
     return values
 
 

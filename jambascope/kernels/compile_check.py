@@ -2,13 +2,15 @@
 
 ``python -m jambascope.kernels.compile_check`` compiles what each ``kernels/<op>/triton.py`` lists in
 ``compile_cases()`` for sm_80, sm_90 and gfx942, prints registers, spills, shared memory, barriers and shuffles, and
-exits with status 1 if anything spills.
+exits with status 1 if anything spills. ``--record FILE`` writes down what was compiled, and ``--known FILE`` leaves out
+what is as it was then, but for one configuration of each kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -22,9 +24,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jambascope.errors import ConfigError
+
+if TYPE_CHECKING:
+    from triton.compiler import ASTSource
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,7 @@ def all_cases() -> dict[str, CompileCase]:
     return cases
 
 
-def compile_usage(name: str, case: CompileCase, target: str) -> Usage:
-    """Compile one case for ``"sm_XX"`` or ``"gfxXXX"`` and read what it needs."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _source(name: str, case: CompileCase) -> ASTSource:
     from triton.compiler import ASTSource
 
     parameters = case.kernel.arg_names
@@ -131,9 +133,23 @@ def compile_usage(name: str, case: CompileCase, target: str) -> Usage:
         )
     signature = {p: case.signature.get(p, "constexpr") for p in parameters}
     aligned = [i for i, p in enumerate(parameters) if signature[p].startswith("*") or p in case.multiples_of_16]
-    source = ASTSource(
-        case.kernel, signature, dict(case.constexprs), {(i,): [["tt.divisibility", 16]] for i in aligned}
-    )
+    return ASTSource(case.kernel, signature, dict(case.constexprs), {(i,): [["tt.divisibility", 16]] for i in aligned})
+
+
+def digest(name: str, case: CompileCase) -> str:
+    """Of all that a compiled case follows from: sources, types, constants, options, and Triton's version."""
+    import triton
+
+    parts = (triton.__version__, _source(name, case).hash(), case.num_warps, case.num_stages)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def compile_usage(name: str, case: CompileCase, target: str) -> Usage:
+    """Compile one case for ``"sm_XX"`` or ``"gfxXXX"`` and read what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = _source(name, case)
     nvidia = target.startswith("sm_")
     machine = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     log = io.StringIO()
@@ -188,30 +204,51 @@ def _work(name: str, target: str) -> Usage:
     return compile_usage(name, _cases[name], target)
 
 
-def jobs_of(cases: dict[str, CompileCase], targets: Sequence[str], quick: bool = False) -> list[tuple[str, str]]:
+Known = dict[str, dict[str, str]]
+"""Of what was compiled without a fault: name -> target -> digest."""
+
+
+def jobs_of(
+    cases: dict[str, CompileCase], targets: Sequence[str], quick: bool = False, known: Known | None = None
+) -> list[tuple[str, str]]:
     """Names of cases and where each is compiled: for every target that launches it; or, when ``quick``, for
-    :data:`MAIN` or the first that does, and for the others one case of each kernel."""
-    jobs, kernels = [], set()
+    :data:`MAIN` or the first that does, and for the others one case of each kernel. Of what is ``known`` and has not
+    changed, one case of each kernel for each target."""
+    jobs, kernels, known = [], set(), known or {}
+    digests = {name: digest(name, cases[name]) for name in known if name in cases}
     for name, case in cases.items():
         launched = [target for target in targets if case.targets is None or target in case.targets]
         for target in launched:
+            same = name in digests and known[name].get(target) == digests[name]
             main = target == (MAIN if MAIN in launched else launched[0])
-            if not quick or main or (target, id(case.kernel)) not in kernels:
+            if not (same or quick and not main) or (target, id(case.kernel)) not in kernels:
                 kernels.add((target, id(case.kernel)))
                 jobs.append((name, target))
     return jobs
 
 
-def check(targets: Sequence[str] = tuple(SHARED_MEMORY), quick: bool = False) -> list[Usage]:
+def check(
+    targets: Sequence[str] = tuple(SHARED_MEMORY), quick: bool = False, known: Known | None = None
+) -> list[Usage]:
     """Compile what :func:`jobs_of` names, in one forked process per core, and away from Triton's cache."""
     _cases.update(all_cases())
-    jobs = jobs_of(_cases, targets, quick)
+    jobs = jobs_of(_cases, targets, quick, known)
     fork = multiprocessing.get_context("fork")
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(len(os.sched_getaffinity(0)), fork, _prepare_worker, (cache,)) as pool,
     ):
         return list(pool.map(_work, *zip(*jobs, strict=True))) if jobs else []
+
+
+def _recorded(known: Known, usages: Sequence[Usage]) -> str:
+    """What is known now, of cases that still exist, as JSON."""
+    now = {name: dict(known.get(name, {})) for name in _cases}
+    for usage in usages:
+        now[usage.name].pop(usage.target, None)
+        if usage.fault is None:
+            now[usage.name][usage.target] = digest(usage.name, _cases[usage.name])
+    return json.dumps({name: of for name, of in sorted(now.items()) if of}, indent=1, sort_keys=True) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,10 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help=f"each configuration for one target, {MAIN} where it can be",
     )
+    parser.add_argument("--known", type=Path, help="what --record wrote: leave out what is as it was")
+    parser.add_argument("--record", type=Path, help="write down what was compiled, beside what --known says")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
-    usages = check(options.target or tuple(SHARED_MEMORY), options.quick)
+    known: Known = json.loads(options.known.read_text()) if options.known else {}
+    usages = check(options.target or tuple(SHARED_MEMORY), options.quick, known)
     width = max((len(u.name) for u in usages), default=4)
     columns = ("registers", "spill_stores", "spill_loads", "stack", "shared", "barriers", "shuffles")
     print(f"{'kernel and configuration':{width}}  target  " + " ".join(f"{c:>12}" for c in columns))
@@ -236,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{usage.name:{width}}  {usage.target:6}  {numbers}" + (f"  {usage.fault}" if usage.fault else ""))
     faults = [u for u in usages if u.fault]
     print(f"{len(usages)} compiled, {len(faults)} that must not be launched")
+    if options.record:
+        options.record.write_text(_recorded(known, usages))
     if options.json:
         options.json.write_text(json.dumps([asdict(u) | {"fault": u.fault} for u in usages], indent=2) + "\n")
     return 1 if faults else 0

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,17 @@ from jambascope.kernels.compile_check import CompileCase, Usage, all_cases, jobs
 pytest.importorskip("triton", reason="the check compiles with the triton package (extra 'test' on Linux)")
 
 
+COMPILED = Path(__file__).with_name("compiled_kernels.json")
+"""Every configuration for every target, written by ``python -m jambascope.kernels.compile_check --record`` this file:
+three minutes of both cores, where one of each kernel takes some seconds."""
+
+
 def test_no_configuration_spills(tmp_path):
-    """In its own process: under TRITON_INTERPRET, which this one may run with, there is nothing to compile. Each once:
-    for every target they are 472, three minutes of both cores."""
+    """In its own process: under TRITON_INTERPRET, which this one may run with, there is nothing to compile. One case of
+    each kernel for each target, and each case that is not as COMPILED has it."""
     table = tmp_path / "usage.json"
-    command = [sys.executable, "-m", "jambascope.kernels.compile_check", "--quick", "--json", str(table)]
+    command = [sys.executable, "-m", "jambascope.kernels.compile_check", "--quick"]
+    command += ["--known", str(COMPILED), "--json", str(table)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     usages = json.loads(table.read_text())
@@ -87,6 +94,47 @@ def test_a_quick_check_leaves_out_no_kernel_on_any_target():
     everywhere = [(name, target) for name in ("a/1", "b/4") for target in compile_check.SHARED_MEMORY]
     assert sorted(quick) == sorted([*everywhere, ("a/2", "sm_90"), ("a/3", "gfx942")])
     assert set(whole) - set(quick) == {("a/2", "sm_80")} and len(whole) == 9
+
+
+def test_what_is_known_is_left_out_until_it_changes(monkeypatch):
+    def kernel(): ...
+
+    cases = {f"a/{i}": CompileCase(str(i), kernel, {}, {"N": i}) for i in range(3)}
+    monkeypatch.setattr(compile_check, "digest", lambda name, case: f"{name} {case.constexprs}")
+    targets = ("sm_90", "gfx942")
+    known = {name: dict.fromkeys(targets, compile_check.digest(name, case)) for name, case in cases.items()}
+    one_each = [("a/0", target) for target in targets]
+    assert jobs_of(cases, targets, known=known) == jobs_of(cases, targets, quick=True, known=known) == one_each
+    cases["a/2"] = CompileCase("2", kernel, {}, {"N": 7})
+    assert jobs_of(cases, targets, known=known) == [*one_each, *(("a/2", target) for target in targets)]
+    del known["a/1"]["gfx942"]
+    assert set(jobs_of(cases, targets, known=known)) == {*one_each, ("a/1", "gfx942"), *(("a/2", t) for t in targets)}
+    assert len(jobs_of(cases, targets, known={})) == 6
+
+
+DIGESTS = """
+import triton, triton.language as tl
+from jambascope.kernels.compile_check import CompileCase, digest
+
+@triton.jit
+def kernel(x, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N), 0.0)
+
+def of(**changed):
+    plain = dict(name="a", kernel=kernel, signature={"x": "*fp32"}, constexprs={"N": 64})
+    return digest("a", CompileCase(**(plain | changed)))
+
+changes = [{}, {"signature": {"x": "*bf16"}}, {"constexprs": {"N": 32}}, {"num_warps": 8}, {"num_stages": 3}]
+assert of() == of() and len({of(**change) for change in changes}) == len(changes)
+"""
+
+
+def test_a_digest_follows_what_is_compiled(tmp_path):
+    script = tmp_path / "digests.py"
+    script.write_text(DIGESTS)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):

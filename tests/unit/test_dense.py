@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,7 @@ def test_the_layer_takes_it_while_nobody_listens_or_has_changed_it(small_model, 
     handle.remove()
     assert len(taken) == 1 and len(seen) == 1
     torch.testing.assert_close(heard, alone, rtol=1e-5, atol=1e-6)
-    mlp.up_proj.forward = lambda given: F.linear(given, mlp.up_proj.weight * 2)
+    twice = functools.partial(lambda given, weight: F.linear(given, weight * 2), weight=mlp.up_proj.weight)
+    monkeypatch.setitem(mlp.up_proj.__dict__, "forward", twice)
     torch.testing.assert_close(mlp(x, None), 2 * alone, rtol=1e-5, atol=1e-6)
     assert len(taken) == 1

@@ -66,10 +66,10 @@ def reviews(number: int, **options) -> list:
     return found
 
 
-def same(found: torch.Tensor, expected: list[list[float]]) -> None:
+def same(found: torch.Tensor, expected: list[list[float]], rel: float = 1e-4, tiny: float = 1e-6) -> None:
     assert found.shape == (len(expected), max(map(len, expected), default=0))
     for row, numbers in zip(found.tolist(), expected, strict=True):
-        assert row == pytest.approx(numbers + [np.nan] * (len(row) - len(numbers)), rel=1e-4, abs=1e-6, nan_ok=True)
+        assert row == pytest.approx(numbers + [np.nan] * (len(row) - len(numbers)), rel=rel, abs=tiny, nan_ok=True)
 
 
 @pytest.fixture(params=[scoring.TOKENS, 100], ids=["one batch", "several batches"])
@@ -93,9 +93,10 @@ def test_answers_are_those_of_single_documents(model, exact, batch_tokens):
     same(found.losses, losses)
 
 
-def test_labels_are_those_of_single_documents(model, exact, batch_tokens):
+def test_labels_are_those_of_single_documents(exact, batch_tokens):
+    """Of logits in float64: a few of these documents amplify float32 to errors of 5e-4, whatever computes the scan."""
     episodes = reviews(12, filler=0) + reviews(3, filler=2)
-    found = label_scores(model, episodes)
+    found = label_scores(exact, episodes)
     expected = {field.name: [] for field in dataclasses.fields(found)}
     for episode in episodes:
         rows = {name: [] for name in expected}
@@ -116,7 +117,7 @@ def test_labels_are_those_of_single_documents(model, exact, batch_tokens):
     for name in ("valid", "acc_free", "acc_restricted"):
         assert {0.0, 1.0} <= {number for row in expected[name] for number in row}, name
     for name, numbers in expected.items():
-        same(getattr(found, name), numbers)
+        same(getattr(found, name), numbers, 1e-6, 1e-9)
     gap = np.array(expected["acc_restricted"]) - np.array(expected["acc_free"])
     same(found.format_gap, gap.tolist())
     assert (gap[~np.isnan(gap)] > 0).any()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from jambascope.errors import ConfigError, InputError
-from jambascope.kernels.selective_scan import StateEdits, selective_scan
+from jambascope.kernels.selective_scan import StateEdits, selective_scan, step_size
 
 SIZES = {  # batch, length, channels, states
     "one-of-everything": (1, 1, 1, 1),
@@ -143,6 +143,24 @@ def test_steps_of_low_rank(size, ranks, gradients):
     with torch.no_grad():
         found = selective_scan(**{k: v.float() for k, v in arguments.items()}, **options, backend="cpu")
     assert_close(found._asdict(), {k: expected[k] for k in found._fields}, 2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranks", [1, 8, 17])
+@pytest.mark.parametrize("size", ["one-of-everything", "odd", "many-blocks"])
+def test_step_sizes_are_those_of_the_scan_to_the_last_bit(size, ranks):
+    batch, length, channels, _ = SIZES[size]
+    generator = torch.Generator().manual_seed(7)
+    arguments = {k: v.float() for k, v in make(*SIZES[size]).items()}
+    dt, weight = (torch.randn(*shape, ranks, generator=generator) for shape in ((batch, length), (channels,)))
+    bias = torch.randn(channels, generator=generator)
+    steps = step_size(dt, weight, bias)
+    truth = F.softplus(dt.double() @ weight.double().T + bias.double())
+    assert steps.shape == (batch, length, channels) and (steps - truth).abs().max() < 1e-6 * truth.abs().max()
+    expected = selective_scan(**arguments | {"dt": steps}, capture="all")
+    options = dict(dt_weight=weight, dt_bias=bias, dt_softplus=True)
+    for name, value in selective_scan(**arguments | {"dt": dt}, **options, capture="all")._asdict().items():
+        assert torch.equal(value, getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("channels", [[0], [3, 4, 5, 20], list(range(16, 32)), [], [32]], ids=str)

@@ -305,6 +305,13 @@ def test_settings_and_models_are_checked_before_the_work(model_of_kind, tmp_path
     ):
         with pytest.raises(error, match=f"activation_patching of .*: {message}"):
             running.run("activation_patching", spec_of(models=str(tmp_path / "m"), **values), tmp_path / "runs")
+    given = dict(models=str(tmp_path / "m"), components="resid_pre", clean="1 4 5|1 4 7", answer="5", wrong="6")
+    for corrupted, message in (
+        ("1 4 5 6|1 4 8", "clean has prompts of 3, 3 tokens and corrupted of 4, 3; .* so give all of one length"),
+        ("1 4 6", "clean has 2 prompts and corrupted 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            running.run("activation_patching", spec_of(**given, corrupted=corrupted), tmp_path / "runs")
     with pytest.raises(ConfigError, match="shots=400 exceed its context of 2048"):
         running.run("activation_patching", spec_of(shots=400), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

@@ -13,6 +13,8 @@ import xarray as xr
 from jambascope import HookedJamba
 from jambascope.errors import InputError
 from jambascope.hooks.sweep import (
+    Effects,
+    KnockOuts,
     Node,
     PatchSweep,
     SweepError,
@@ -153,6 +155,25 @@ def test_what_is_saved_is_loaded(options, model_of_kind, monkeypatch, tmp_path):
     pd.testing.assert_frame_equal(table, found.table())
 
 
+@pytest.mark.parametrize("kind", ["paths", "knock-outs"])
+def test_paths_and_knock_outs_are_loaded_too(kind, model_of_kind, tmp_path):
+    model, path = model_of_kind("hybrid"), tmp_path / "found.parquet"
+    if kind == "paths":
+        found, load = path_patch(model, CLEAN, CORRUPTED, DIFFERENCE, progress=False), Effects.load
+    else:
+        found, load = knock_out_sweep(model, CLEAN, [DIFFERENCE, rank(5)], progress=False), KnockOuts.load
+    found.save(path)
+    loaded = load(path)
+    assert list(loaded.values) == list(found.values) and loaded.complete and loaded.direction == found.direction
+    for name, values in found.values.items():
+        xr.testing.assert_identical(loaded.values[name], values)
+    for name in ("clean", "corrupted"):
+        xr.testing.assert_identical(getattr(loaded, name), getattr(found, name))
+    pd.testing.assert_frame_equal(loaded.table(), found.table())
+    with pytest.raises(InputError, match="is no sweep that PatchSweep.save wrote"):
+        PatchSweep.load(path)
+
+
 def test_heads_and_their_channels_are_two_axes(model_of_kind):
     model = model_of_kind("hybrid")
     found = patch_sweep(model, CLEAN, CORRUPTED, DIFFERENCE, Node("z", channels=3), positions=[2, 4], progress=False)
@@ -197,7 +218,7 @@ def test_what_is_no_saved_sweep_is_refused(content, tmp_path):
         pd.DataFrame({"node": ["z"]}).to_parquet(path)
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="is no sweep that save wrote"):
+    with pytest.raises(InputError, match="is no sweep that PatchSweep.save wrote"):
         PatchSweep.load(path)
 
 

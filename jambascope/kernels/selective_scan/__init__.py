@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 
 from jambascope.errors import ConfigError, InputError
-from jambascope.kernels import triton_runtime
+from jambascope.kernels import activations, triton_runtime
 from jambascope.kernels.packed import checked_bounds, checked_rows, picked, refuse_packed, side_by_side
 from jambascope.kernels.plain import is_plain, wants_gradient
+from jambascope.kernels.selective_scan import cpu
 from jambascope.kernels.selective_scan.interface import (
     Options,
     ScanResult,
@@ -29,7 +30,7 @@ from jambascope.kernels.selective_scan.interface import (
     make_marks,
 )
 
-__all__ = ["ScanResult", "StateEdits", "selective_scan"]
+__all__ = ["ScanResult", "StateEdits", "selective_scan", "step_size"]
 
 Backend = Literal["auto", "reference", "cpu", "triton", "mamba_ssm"]
 BACKENDS = ("reference", "cpu", "triton", "mamba_ssm")
@@ -104,8 +105,8 @@ def selective_scan(
         edits = _checked_edits(edits, x, A)
     scan = _backend(backend, x)
     if dt_weight is not None:
-        in_loop = _is_cpu(scan) and dt.dtype == torch.float32 and dt_weight.shape[1] <= MOST_RANKS
-        if not in_loop or wants_gradient(x, dt, A, B, C, D, gate, dt_bias, dt_weight, initial_state):
+        others = (x, A, B, C, D, gate, initial_state)
+        if not (_is_cpu(scan) and _in_loop(dt, dt_weight, dt_bias)) or wants_gradient(*others):
             dt, dt_weight = F.linear(dt, dt_weight), None
     options = Options(
         gate,
@@ -123,6 +124,24 @@ def selective_scan(
         return scan(x, dt, A, B, C, D, options)
     refuse_packed(mask=mask, resets=resets, capture=capture, edits=edits)
     return _packed_scan(scan, x, dt, A, B, C, D, options, bounds, initial_rows)
+
+
+def step_size(
+    dt: Float[torch.Tensor, "batch pos dt_rank"],
+    weight: Float[torch.Tensor, "d_inner dt_rank"],
+    bias: Float[torch.Tensor, " d_inner"],
+) -> Float[torch.Tensor, "batch pos d_inner"]:
+    """``softplus(dt weight^T + bias)``, in float32 at least: what :func:`selective_scan` makes of ``dt_weight``,
+    ``dt_bias`` and ``dt_softplus``, to the last bit, so that a hook that looks at step sizes changes nothing."""
+    if dt.device.type == "cpu" and is_plain(dt) and _in_loop(dt, weight, bias):
+        return cpu.step_sizes(dt, weight, bias)
+    return activations.step_size(F.linear(dt, weight), bias)
+
+
+def _in_loop(dt: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the CPU loop multiplies by the weight."""
+    few = dt.dtype == weight.dtype == torch.float32 and weight.shape[1] <= MOST_RANKS
+    return few and not wants_gradient(dt, weight, bias)
 
 
 def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray, initial_rows) -> ScanResult:

@@ -214,6 +214,20 @@ def _scan(
     return (y.to(x.dtype), None if final is None else final.mT, captured), (given, checkpoints, chunk)
 
 
+def step_sizes(dt: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """softplus(dt weight^T + bias), as the loop computes it: [B T R], [E R], [E] -> [B T E]; no gradients."""
+    from jambascope.kernels.selective_scan import cpu_kernels as k
+
+    d_inner, ranks = weight.shape
+    pad = -d_inner % k.LANES
+    dt, weight, bias = solid(dt), solid(F.pad(weight.T, (0, pad))), solid(F.pad(bias, (0, pad)))
+    out = torch.empty(*dt.shape[:2], d_inner + pad, **FLOAT32)
+    addresses = map(_address, (dt, weight, bias, out))
+    serial = out.numel() < SERIAL_BELOW
+    run_loop(k.step_sizes_of_low_rank, dt.shape[0] * dt.shape[1], d_inner + pad, ranks, *addresses, serial=serial)
+    return out[..., :d_inner].contiguous() if pad else out
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, gate, dt_bias, h0, scale, shift, plan):

@@ -57,6 +57,21 @@ def forward(call):
         start, stop = next_items(call)
 
 
+@loop_task(6)
+def step_sizes_of_low_rank(call):
+    """softplus(dt dt_weight + dt_bias), the step sizes of :func:`forward` to the last bit; an item is a position.
+
+    Numbers: E, ranks; addresses: dt [. ranks], dt_weight [ranks E], dt_bias [E], out [. E].
+    """
+    E, ranks, dt, dt_weight, dt_bias, out = numbers(call, 6)
+    start, stop = next_items(call)
+    while start < stop:
+        for e0 in range(0, E, LANES):
+            into = out + (start * E + e0) * FLOAT
+            _raise_steps(stop - start, dt, start, ranks, dt_weight, E, dt_bias, e0, True, into, E)
+        start, stop = next_items(call)
+
+
 @njit(fastmath=FAST)
 def _forward(
     start,
@@ -132,7 +147,7 @@ def _forward(
             if s == 0:
                 count = min(ahead, last - i)
                 if ranks:
-                    _raise_steps(count, dt, i, ranks, dt_weight, E, dt_bias, e0, dt_softplus, steps)
+                    _raise_steps(count, dt, i, ranks, dt_weight, E, dt_bias, e0, dt_softplus, steps, LANES)
                 else:
                     _steps(count, dt, i * E + e0, E, dt_bias, e0, dt_softplus, steps)
                 _decays(count, steps, a, steepest, N, decay)
@@ -198,14 +213,14 @@ def _steps(count, dt, at, row, dt_bias, e0, dt_softplus, into):
 
 
 @njit(fastmath=FAST)
-def _raise_steps(count, dt, first, ranks, dt_weight, E, dt_bias, e0, dt_softplus, into):
-    """The same, of dt [. ranks] times dt_weight [ranks E]."""
+def _raise_steps(count, dt, first, ranks, dt_weight, E, dt_bias, e0, dt_softplus, into, apart):
+    """The same, of dt [. ranks] times dt_weight [ranks E]; positions stand ``apart``."""
     bias = load(dt_bias, e0) if dt_bias else splat(ZERO)
     for s in range(count):
         step = bias
         for r in range(ranks):
             step = step + load(dt_weight, r * E + e0) * read(dt, (first + s) * ranks + r)
-        store(into, s * LANES, softplus(step) if dt_softplus else step)
+        store(into, s * apart, softplus(step) if dt_softplus else step)
 
 
 @njit(fastmath=FAST)
