@@ -34,8 +34,9 @@ class DenseMLP(nn.Module):
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """[B T D] -> [B T D]"""
         if not any(self._listeners) and self._parts.intact():
-            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-            if dense.fits(x, *weights):
+            parts = self.gate_proj, self.up_proj, self.down_proj
+            weights = [part.weight for part in parts]
+            if dense.fits(x, *weights) and all(part.bias is None for part in parts):
                 return dense.feed_forward(x, *weights)
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.up_proj(x))

@@ -187,7 +187,8 @@ class Base:
         parts = []
         for name in (f"blocks.{layer}.{CONV_STATE}", f"blocks.{layer}.{STATE}"):
             held = self.recording.values.get(name)
-            if held is None:  # every row begins with a prompt, or a convolution of width 1
+            if held is None:
+                assert not any(self.starts) or model.config.d_conv == 1 and name.endswith(CONV_STATE)
                 nothing = MambaState.create(model.config, model.config.mixers[layer], 1, model.device, model.dtype)
                 held = nothing.ssm if name.endswith(STATE) else nothing.conv
                 parts.append((held, np.full(len(prompts), -1)))

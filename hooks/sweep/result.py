@@ -84,6 +84,7 @@ class Effects:
         """
         path, table = Path(path), pa.Table.from_pandas(self.table(), preserve_index=False)
         about = {
+            "kind": type(self).__name__,
             "axes": {name: {d: values[d].values.tolist() for d in values.dims} for name, values in self.values.items()},
             "beside": {
                 name: {c: (v.dims, v.values.tolist()) for c, v in values.coords.items() if c not in values.dims}
@@ -108,11 +109,13 @@ class Effects:
         """What ``save`` of this class wrote.
 
         Raises:
-            InputError: a file that cannot be read, or that ``save`` did not write.
+            InputError: a file that cannot be read, or that ``save`` of this class did not write.
         """
         try:
             table = read_table(Path(path))
             about, cells = json.loads(table.schema.metadata[_ABOUT]), table.to_pandas()
+            if about["kind"] != cls.__name__:
+                raise InputError(f"path={str(path)!r} has {about['kind']}; open it with {about['kind']}.load")
             values = {}
             for name, axes in about["axes"].items():
                 own = cells if cls.name_column is None else cells[cells[cls.name_column] == name]
@@ -195,7 +198,9 @@ class PatchSweep(Effects):
 def _filled(where: pd.DataFrame, found: pd.Series, axes: dict[str, list]) -> xr.DataArray:
     """Values as an array, of cells whose labels on each axis ``where`` says; NaN where there is none."""
     values = xr.DataArray(np.full([len(labels) for labels in axes.values()], np.nan), axes, list(axes))
-    places = (pd.Index(values[d].values).get_indexer(where[c]) for d, c in zip(axes, where, strict=True))
+    places = [pd.Index(values[d].values).get_indexer(where[c]) for d, c in zip(axes, where, strict=True)]
+    if any((of_axis < 0).any() for of_axis in places):
+        raise ValueError("a cell lies on no axis")
     values.values[tuple(places)] = found
     return values
 

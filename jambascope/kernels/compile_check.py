@@ -70,8 +70,6 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 
 CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD CDNA 3 white paper (LDS).
 """
-MAIN = "sm_90"
-"""For which a quick check compiles every configuration that is launched there."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,11 @@ def _source(name: str, case: CompileCase) -> ASTSource:
 
 
 def digest(name: str, case: CompileCase) -> str:
-    """Of all that a compiled case follows from: sources, types, constants, options, and Triton's version."""
+    """Of all that a compiled case and its faults follow from: sources, types, constants, options, Triton's version, and
+    what the targets have."""
     import triton
 
-    parts = (triton.__version__, _source(name, case).hash(), case.num_warps, case.num_stages)
+    parts = (triton.__version__, _source(name, case).hash(), case.num_warps, case.num_stages, *SHARED_MEMORY.items())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -208,11 +207,8 @@ Known = dict[str, dict[str, str]]
 """Of what was compiled without a fault: name -> target -> digest."""
 
 
-def jobs_of(
-    cases: dict[str, CompileCase], targets: Sequence[str], quick: bool = False, known: Known | None = None
-) -> list[tuple[str, str]]:
-    """Names of cases and where each is compiled: for every target that launches it; or, when ``quick``, for
-    :data:`MAIN` or the first that does, and for the others one case of each kernel. Of what is ``known`` and has not
+def jobs_of(cases: dict[str, CompileCase], targets: Sequence[str], known: Known | None = None) -> list[tuple[str, str]]:
+    """Names of cases and where each is compiled: for every target that launches it; of what is ``known`` and has not
     changed, one case of each kernel for each target."""
     jobs, kernels, known = [], set(), known or {}
     digests = {name: digest(name, cases[name]) for name in known if name in cases}
@@ -220,19 +216,16 @@ def jobs_of(
         launched = [target for target in targets if case.targets is None or target in case.targets]
         for target in launched:
             same = name in digests and known[name].get(target) == digests[name]
-            main = target == (MAIN if MAIN in launched else launched[0])
-            if not (same or quick and not main) or (target, id(case.kernel)) not in kernels:
+            if not same or (target, id(case.kernel)) not in kernels:
                 kernels.add((target, id(case.kernel)))
                 jobs.append((name, target))
     return jobs
 
 
-def check(
-    targets: Sequence[str] = tuple(SHARED_MEMORY), quick: bool = False, known: Known | None = None
-) -> list[Usage]:
+def check(targets: Sequence[str] = tuple(SHARED_MEMORY), known: Known | None = None) -> list[Usage]:
     """Compile what :func:`jobs_of` names, in one forked process per core, and away from Triton's cache."""
     _cases.update(all_cases())
-    jobs = jobs_of(_cases, targets, quick, known)
+    jobs = jobs_of(_cases, targets, known)
     fork = multiprocessing.get_context("fork")
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -256,18 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", choices=list(SHARED_MEMORY), help="repeat for several; default: all"
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"each configuration for one target, {MAIN} where it can be",
-    )
     parser.add_argument("--known", type=Path, help="what --record wrote: leave out what is as it was")
     parser.add_argument("--record", type=Path, help="write down what was compiled, beside what --known says")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
     known: Known = json.loads(options.known.read_text()) if options.known else {}
-    usages = check(options.target or tuple(SHARED_MEMORY), options.quick, known)
+    usages = check(options.target or tuple(SHARED_MEMORY), known)
     width = max((len(u.name) for u in usages), default=4)
     columns = ("registers", "spill_stores", "spill_loads", "stack", "shared", "barriers", "shuffles")
     print(f"{'kernel and configuration':{width}}  target  " + " ".join(f"{c:>12}" for c in columns))

@@ -26,8 +26,8 @@ def test_no_configuration_spills(tmp_path):
     """In its own process: under TRITON_INTERPRET, which this one may run with, there is nothing to compile. One case of
     each kernel for each target, and each case that is not as COMPILED has it."""
     table = tmp_path / "usage.json"
-    command = [sys.executable, "-m", "jambascope.kernels.compile_check", "--quick"]
-    command += ["--known", str(COMPILED), "--json", str(table)]
+    command = [sys.executable, "-m", "jambascope.kernels.compile_check", "--known", str(COMPILED)]
+    command += ["--json", str(table)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     usages = json.loads(table.read_text())
@@ -78,7 +78,7 @@ def test_what_is_a_fault():
     assert "needs 65540 B of shared memory, gfx942 has 65536" in Usage(**usage | dict(shared=65_540)).fault
 
 
-def test_a_quick_check_leaves_out_no_kernel_on_any_target():
+def test_every_kernel_is_compiled_for_every_target_that_launches_it():
     def kernel(): ...
 
     def other(): ...
@@ -90,10 +90,9 @@ def test_a_quick_check_leaves_out_no_kernel_on_any_target():
         "a/3": CompileCase("3", kernel, {}, targets=("gfx942",)),
         "b/4": CompileCase("4", other, {}),
     }
-    quick, whole = (jobs_of(cases, tuple(compile_check.SHARED_MEMORY), quick=quick) for quick in (True, False))
     everywhere = [(name, target) for name in ("a/1", "b/4") for target in compile_check.SHARED_MEMORY]
-    assert sorted(quick) == sorted([*everywhere, ("a/2", "sm_90"), ("a/3", "gfx942")])
-    assert set(whole) - set(quick) == {("a/2", "sm_80")} and len(whole) == 9
+    jobs = jobs_of(cases, tuple(compile_check.SHARED_MEMORY))
+    assert sorted(jobs) == sorted([*everywhere, ("a/2", "sm_80"), ("a/2", "sm_90"), ("a/3", "gfx942")])
 
 
 def test_what_is_known_is_left_out_until_it_changes(monkeypatch):
@@ -104,12 +103,12 @@ def test_what_is_known_is_left_out_until_it_changes(monkeypatch):
     targets = ("sm_90", "gfx942")
     known = {name: dict.fromkeys(targets, compile_check.digest(name, case)) for name, case in cases.items()}
     one_each = [("a/0", target) for target in targets]
-    assert jobs_of(cases, targets, known=known) == jobs_of(cases, targets, quick=True, known=known) == one_each
+    assert jobs_of(cases, targets, known) == one_each
     cases["a/2"] = CompileCase("2", kernel, {}, {"N": 7})
-    assert jobs_of(cases, targets, known=known) == [*one_each, *(("a/2", target) for target in targets)]
+    assert jobs_of(cases, targets, known) == [*one_each, *(("a/2", target) for target in targets)]
     del known["a/1"]["gfx942"]
-    assert set(jobs_of(cases, targets, known=known)) == {*one_each, ("a/1", "gfx942"), *(("a/2", t) for t in targets)}
-    assert len(jobs_of(cases, targets, known={})) == 6
+    assert set(jobs_of(cases, targets, known)) == {*one_each, ("a/1", "gfx942"), *(("a/2", t) for t in targets)}
+    assert len(jobs_of(cases, targets, {})) == 6
 
 
 DIGESTS = """

@@ -77,6 +77,10 @@ def test_the_layer_takes_it_while_nobody_listens_or_has_changed_it(small_model, 
     handle.remove()
     assert len(taken) == 1 and len(seen) == 1
     torch.testing.assert_close(heard, alone, rtol=1e-5, atol=1e-6)
+    mlp.down_proj.bias = torch.nn.Parameter(torch.full((small_model.config.d_model,), 3.0))
+    torch.testing.assert_close(mlp(x, None), alone + 3, rtol=1e-5, atol=1e-6)
+    mlp.down_proj.bias = None
+    assert len(taken) == 1
     twice = functools.partial(lambda given, weight: F.linear(given, weight * 2), weight=mlp.up_proj.weight)
     monkeypatch.setitem(mlp.up_proj.__dict__, "forward", twice)
     torch.testing.assert_close(mlp(x, None), 2 * alone, rtol=1e-5, atol=1e-6)

@@ -145,6 +145,30 @@ def test_steps_of_low_rank(size, ranks, gradients):
     assert_close(found._asdict(), {k: expected[k] for k in found._fields}, 2e-6)
 
 
+def test_low_rank_steps_with_edits_that_want_a_gradient():
+    arguments = {k: v.float() for k, v in make(2, 9, 20, 3).items()}
+    generator = torch.Generator().manual_seed(8)
+    dt, weight = (torch.randn(*shape, 4, generator=generator) for shape in ((2, 9), (20,)))
+    options = dict(dt_bias=torch.randn(20, generator=generator), dt_softplus=True)
+    gradients = []
+    for given in ({"dt": dt, "dt_weight": weight}, {"dt": dt @ weight.T}):
+        shift = torch.zeros(2, 20, 1, 3, requires_grad=True)
+        edits = StateEdits([3], torch.ones(2, 20, 1, 3), shift)
+        selective_scan(**arguments | given, **options, edits=edits).y.sum().backward()
+        gradients.append(shift.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_no_ranks_are_a_step_of_the_bias():
+    arguments = {k: v.float() for k, v in make(1, 9, 20, 3).items()} | {"dt": torch.zeros(1, 9, 0)}
+    bias = torch.linspace(-1, 1, 20)
+    found = selective_scan(**arguments, dt_weight=torch.zeros(20, 0), dt_bias=bias, dt_softplus=True).y
+    expected = selective_scan(**arguments | {"dt": torch.zeros(1, 9, 20)}, dt_bias=bias, dt_softplus=True).y
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(InputError, match=r"dt, weight and bias have shapes .* give \[B T R\], \[E R\] and \[E\]"):
+        step_size(torch.zeros(1, 9, 4), torch.zeros(20, 3), bias)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("ranks", [1, 8, 17])
 @pytest.mark.parametrize("size", ["one-of-everything", "odd", "many-blocks"])

@@ -170,8 +170,11 @@ def test_paths_and_knock_outs_are_loaded_too(kind, model_of_kind, tmp_path):
     for name in ("clean", "corrupted"):
         xr.testing.assert_identical(getattr(loaded, name), getattr(found, name))
     pd.testing.assert_frame_equal(loaded.table(), found.table())
-    with pytest.raises(InputError, match="is no sweep that PatchSweep.save wrote"):
+    with pytest.raises(InputError, match=f"has {type(found).__name__}; open it with {type(found).__name__}.load"):
         PatchSweep.load(path)
+    patch_sweep(model, CLEAN, CORRUPTED, DIFFERENCE, ["z", "mlp_out"], progress=False).save(path)
+    with pytest.raises(InputError, match="has PatchSweep; open it with PatchSweep.load"):
+        load(path)
 
 
 def test_heads_and_their_channels_are_two_axes(model_of_kind):

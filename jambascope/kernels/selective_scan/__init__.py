@@ -105,7 +105,7 @@ def selective_scan(
         edits = _checked_edits(edits, x, A)
     scan = _backend(backend, x)
     if dt_weight is not None:
-        others = (x, A, B, C, D, gate, initial_state)
+        others = (x, A, B, C, D, gate, initial_state, *(edits[1:] if edits else ()))
         if not (_is_cpu(scan) and _in_loop(dt, dt_weight, dt_bias)) or wants_gradient(*others):
             dt, dt_weight = F.linear(dt, dt_weight), None
     options = Options(
@@ -132,7 +132,14 @@ def step_size(
     bias: Float[torch.Tensor, " d_inner"],
 ) -> Float[torch.Tensor, "batch pos d_inner"]:
     """``softplus(dt weight^T + bias)``, in float32 at least: what :func:`selective_scan` makes of ``dt_weight``,
-    ``dt_bias`` and ``dt_softplus``, to the last bit, so that a hook that looks at step sizes changes nothing."""
+    ``dt_bias`` and ``dt_softplus``, without gradients to the last bit, so that a hook that looks changes nothing.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    if dt.ndim != 3 or weight.ndim != 2 or weight.shape[1] != dt.shape[2] or bias.shape != weight.shape[:1]:
+        shapes = ", ".join(str(tuple(v.shape)) for v in (dt, weight, bias))
+        raise InputError(f"dt, weight and bias have shapes {shapes}; give [B T R], [E R] and [E]")
     if dt.device.type == "cpu" and is_plain(dt) and _in_loop(dt, weight, bias):
         return cpu.step_sizes(dt, weight, bias)
     return activations.step_size(F.linear(dt, weight), bias)
@@ -140,8 +147,9 @@ def step_size(
 
 def _in_loop(dt: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the CPU loop multiplies by the weight."""
-    few = dt.dtype == weight.dtype == torch.float32 and weight.shape[1] <= MOST_RANKS
-    return few and not wants_gradient(dt, weight, bias)
+    few = dt.dtype == weight.dtype == torch.float32 and 0 < weight.shape[1] <= MOST_RANKS
+    here = dt.device == weight.device and not torch.is_autocast_enabled("cpu")
+    return few and here and not wants_gradient(dt, weight, bias)
 
 
 def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray, initial_rows) -> ScanResult:
@@ -205,7 +213,7 @@ def _check_shapes(
         raise InputError("x has no positions (shape [B 0 E]); a scan needs at least one")
     if 0 in (batch, d_inner, d_state):
         raise InputError(f"x {tuple(x.shape)} and A {tuple(A.shape)} have an axis of size 0; a scan needs at least one")
-    ranks = d_inner if dt_weight is None else dt.shape[-1]
+    ranks = d_inner if dt_weight is None else dt_weight.shape[-1]
     expected = {
         "dt": (dt, (batch, length, ranks)),
         "dt_weight": (dt_weight, (d_inner, ranks)),

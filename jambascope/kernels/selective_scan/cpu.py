@@ -81,6 +81,7 @@ def selective_scan(
         inputs = _pad_channels(inputs, pad, dt_weight is None)
     plan = _plan(options, length, d_inner, pad)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        assert dt_weight is None, "the adjoint takes step sizes that are written out"
         y, final, captured = _Scan.apply(*inputs, plan._replace(return_last_state=True))
     else:
         rows = dict(bounds=bounds, h0_rows=initial_rows)
