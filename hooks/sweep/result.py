@@ -114,13 +114,15 @@ class Effects:
         try:
             table = read_table(Path(path))
             about, cells = json.loads(table.schema.metadata[_ABOUT]), table.to_pandas()
-            if about["kind"] != cls.__name__:
-                raise InputError(f"path={str(path)!r} has {about['kind']}; open it with {about['kind']}.load")
+            kind = about.get("kind", "PatchSweep" if "node" in cells else cls.__name__)  # older files do not say
+            if kind != cls.__name__:
+                raise InputError(f"path={str(path)!r} has {kind}; open it with {kind}.load")
             values = {}
             for name, axes in about["axes"].items():
                 own = cells if cls.name_column is None else cells[cells[cls.name_column] == name]
                 found = _filled(own[cls._columns([*axes])], own["value"], axes)
-                values[name] = found.assign_coords({c: tuple(v) for c, v in about["beside"][name].items()})
+                beside = about.get("beside", {}).get(name, {})
+                values[name] = found.assign_coords({c: tuple(v) for c, v in beside.items()})
             first = next(iter(values.values()))
             ends = {
                 name: xr.DataArray(found, {d: first[d].values for d in ("metric", "pair")}, ["metric", "pair"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 import xarray as xr
@@ -153,6 +155,20 @@ def test_what_is_saved_is_loaded(options, model_of_kind, monkeypatch, tmp_path):
     table = loaded.table()
     assert set(table["direction"]) == {found.direction} and not table["complete"].any()
     pd.testing.assert_frame_equal(table, found.table())
+
+
+def test_what_was_saved_before_files_said_their_kind_is_loaded(model_of_kind, tmp_path):
+    found = patch_sweep(model_of_kind("hybrid"), CLEAN, CORRUPTED, DIFFERENCE, ["z", "mlp_out"], progress=False)
+    found.save(tmp_path / "new.parquet")
+    table = pq.read_table(tmp_path / "new.parquet")
+    about = json.loads(table.schema.metadata[b"jambascope"])
+    del about["kind"], about["beside"]
+    metadata = {**table.schema.metadata, b"jambascope": json.dumps(about)}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "old.parquet")
+    for name, values in PatchSweep.load(tmp_path / "old.parquet").values.items():
+        xr.testing.assert_identical(values, found.values[name])
+    with pytest.raises(InputError, match="has PatchSweep; open it with PatchSweep.load"):
+        Effects.load(tmp_path / "old.parquet")
 
 
 @pytest.mark.parametrize("kind", ["paths", "knock-outs"])
