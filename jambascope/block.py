@@ -9,6 +9,7 @@ from jambascope.attention import Attention
 from jambascope.config import JambaConfig
 from jambascope.hook_point import HookPoint, listeners
 from jambascope.kernels import decode
+from jambascope.kernels.plain import Parts
 from jambascope.mamba import MambaMixer
 from jambascope.mamba2 import Mamba2Mixer
 from jambascope.mlp import DenseMLP
@@ -42,7 +43,7 @@ class Block(nn.Module):
             self.mlp = MoE(config) if config.feed_forwards[layer] == "moe" else DenseMLP(config)
             self.hook_mlp_out = HookPoint()  # [B T D]
         self.hook_resid_post = HookPoint()  # [B T D]
-        self._listeners, self._parts, self._step_sizes = listeners(self), decode.Parts(self), None
+        self._listeners, self._parts, self._step_sizes = listeners(self), Parts(self), None
         if config.mixers[layer] == "mamba" and config.d_inner % decode.CHANNELS == 0:
             self._step_sizes = decode.Sizes.of(config, layer)
 

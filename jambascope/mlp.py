@@ -7,9 +7,9 @@ from torch import nn
 
 from jambascope.config import JambaConfig
 from jambascope.hook_point import HookPoint, listeners
-from jambascope.kernels import decode
 from jambascope.kernels.activations import gated
 from jambascope.kernels.experts import dense
+from jambascope.kernels.plain import Parts
 from jambascope.state import Run
 
 
@@ -24,7 +24,7 @@ class DenseMLP(nn.Module):
         self.hook_pre = HookPoint()  # [B T F]
         self.hook_pre_linear = HookPoint()  # [B T F]
         self.hook_post = HookPoint()  # [B T F]
-        self._listeners, self._parts = listeners(self), decode.Parts(self)
+        self._listeners, self._parts = listeners(self), Parts(self)
 
     @property
     def W_out(self) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from jambascope.studies.prompt_pairs import (
     FILLER,
     REVIEW,
     PromptPairs,
-    Reader,
     Swap,
     check_lengths,
     given_pairs,
@@ -87,25 +86,27 @@ class Place(NamedTuple):
 
 
 def check(spec: PatchingSpec, config: JambaConfig, directory: Path) -> None:
-    if not _components(spec, _Table(config, hook_rows(config))):
+    unopened = _Unopened(config, hook_rows(config))
+    if not _components(spec, unopened):
         raise ConfigError(f"it has none of components={','.join(spec.components)}; add resid_pre, which all have")
     tokenizer = checkpoint.load_tokenizer(directory)
     if spec.clean:
-        check_lengths(Reader(config, tokenizer), spec.clean, spec.corrupted)
+        check_lengths(unopened._replace(tokenizer=tokenizer), spec.clean, spec.corrupted)
         return
     check_tokenizer(tokenizer)
     if (spec.shots + 1) * (REVIEW + spec.filler * FILLER) > config.n_ctx:
         raise ConfigError(f"shots={spec.shots} exceed its context of {config.n_ctx} tokens; make shots smaller")
 
 
-class _Table(NamedTuple):
-    """What tells of a model which components it has, before it is opened."""
+class _Unopened(NamedTuple):
+    """What tells of a model which components and tokens it has, before it is opened."""
 
     config: JambaConfig
     hook_rows: dict[str, HookRow]
+    tokenizer: Any = None
 
 
-def _components(spec: PatchingSpec, model: HookedJamba | _Table) -> list[str]:
+def _components(spec: PatchingSpec, model: HookedJamba | _Unopened) -> list[str]:
     """Those that are patched.
 
     Raises:

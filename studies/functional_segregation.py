@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -174,10 +175,16 @@ def chance(spec: SegregationSpec, rows: pd.DataFrame, recipe: str, task: str) ->
     if task == "text" and spec.text:
         return None
     levels = [
-        chances(documents_of(task, spec.documents, int(seed)))[sorted(set(of_seed["sample"]))]
+        _levels(task, spec.documents, int(seed))[sorted(set(of_seed["sample"]))]
         for seed, of_seed in own.groupby("seed")
     ]
     return float(np.concatenate(levels).mean())
+
+
+@lru_cache(maxsize=32)
+def _levels(task: TaskName, documents: int, seed: int) -> np.ndarray:
+    """Of each document; the table and the reading both ask."""
+    return chances(documents_of(task, documents, seed))
 
 
 def tables(spec: SegregationSpec, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -20,7 +20,6 @@ from jambascope.zoo.reviews import HELD_OUT_KINDS, label_words
 from jambascope.zoo.words import LABEL_PAIRS, NAMES, SENTIMENTS, THINGS, TOPICS, VOCABULARY
 
 if TYPE_CHECKING:
-    from jambascope.config import JambaConfig
     from jambascope.model import HookedJamba
 
 Swap = Literal["word", "labels"]
@@ -251,19 +250,15 @@ def _parted(clean: str, corrupted: str) -> list[list[str]]:
     return texts
 
 
-class Reader(NamedTuple):
-    """What makes tokens of text, before a model is opened."""
-
-    config: JambaConfig
-    tokenizer: Any
-
-
-def check_lengths(reader: Reader, clean: str, corrupted: str) -> None:
+def check_lengths(model: Any, clean: str, corrupted: str) -> None:
     """
+    Args:
+        model: or what has its config and tokenizer, before it is opened.
+
     Raises:
         InputError: prompts of a user that are not all of one length in tokens.
     """
-    counts = [[len(encode(reader, text, None)[0][0]) for text in texts] for texts in _parted(clean, corrupted)]
+    counts = [[len(encode(model, text, None)[0][0]) for text in texts] for texts in _parted(clean, corrupted)]
     if len({count for of in counts for count in of}) > 1:
         first, second = (", ".join(map(str, of)) for of in counts)
         raise InputError(

@@ -30,9 +30,10 @@ class Running(ABC):
         self.axes = {"metric": [m.name for m in question.metrics], "pair": list(range(question.pairs))}
         self._labels: dict[str, xr.DataArray] = {}
         """Name -> its axes, made once: for an index xarray takes longer than a batch does."""
-        self.runs = {"clean": (nothing := self._nothing("clean", self.axes)), "corrupted": nothing.copy()}
-        """Run -> its metrics, [metric pair]."""
+        nothing = self._nothing("clean", self.axes)
         self._labels["corrupted"] = self._labels["clean"]
+        self.runs = {"clean": nothing, "corrupted": nothing.copy()}
+        """Run -> its metrics, [metric pair]."""
         self.coords: dict[str, dict[str, list]] = {}
         """Name -> axes of its cells, in order."""
         self.values: dict[str, np.ndarray] = {}

@@ -54,6 +54,11 @@ def _splat(builder, value):
     return builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * LANES))
 
 
+def _without_sign(builder, v):
+    bits = builder.and_(builder.bitcast(v, _INTS), ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
+    return builder.bitcast(bits, _FLOATS)
+
+
 @intrinsic
 def load(typingctx, array, index):
     """Elements ``index .. index + 15`` of a flat float32 array."""
@@ -195,8 +200,7 @@ def larger(typingctx, v, other):
 @intrinsic
 def absolute(typingctx, v):
     def codegen(context, builder, signature, args):
-        bits = builder.and_(builder.bitcast(args[0], _INTS), ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
-        return builder.bitcast(bits, _FLOATS)
+        return _without_sign(builder, args[0])
 
     return lanes(lanes), codegen
 
@@ -217,8 +221,7 @@ def within(typingctx, v, limit):
     """Whether no lane is further from zero than a float32, and all are numbers."""
 
     def codegen(context, builder, signature, args):
-        bits = builder.and_(builder.bitcast(args[0], _INTS), ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
-        outside = builder.fcmp_unordered(">", builder.bitcast(bits, _FLOATS), _splat(builder, args[1]))
+        outside = builder.fcmp_unordered(">", _without_sign(builder, args[0]), _splat(builder, args[1]))
         mask = ir.IntType(LANES)
         return builder.icmp_unsigned("==", builder.bitcast(outside, mask), ir.Constant(mask, 0))
 

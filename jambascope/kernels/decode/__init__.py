@@ -6,14 +6,12 @@ A token's work is so little that calling torch operation by operation costs more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import nn
 
 from jambascope.config import JambaConfig
 from jambascope.kernels.compiling import announce_first_compile
@@ -27,37 +25,6 @@ MOST_ROWS = 4
 
 NO_FEED_FORWARD = (None,) * 5
 """Norm, router, gate, up and down of a layer without a feed-forward."""
-
-
-class Parts:
-    """The modules of a layer as it was built. Whoever puts another module, type or ``forward`` in their place wants
-    that to be called, which :func:`mamba_block_step` would not."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._children = tuple(
-            (parent._modules, name, child, type(child))
-            for parent in layer.modules()
-            for name, child in parent._modules.items()
-            if child is not None
-        )
-        self._sizes: tuple[int, ...] | None = None
-
-    def intact(self) -> bool:
-        """Whether all are where they were, of the type they had, with that type's ``forward``."""
-        for modules, name, child, kind in self._children:
-            if modules.get(name) is not child or type(child) is not kind or "forward" in child.__dict__:
-                return False
-        return True
-
-    def addresses(self, tensors: Sequence[torch.Tensor | None]) -> tuple[int, ...] | None:
-        """One per parameter, 0 for an absent one; None unless all are contiguous float32 on the CPU."""
-        for v in tensors:
-            if v is not None and not (v.dtype == torch.float32 and v.is_contiguous() and v.device.type == "cpu"):
-                return None
-        sizes = tuple([0 if v is None else v.numel() for v in tensors])
-        if self._sizes is None:
-            self._sizes = sizes
-        return tuple([0 if v is None else v.data_ptr() for v in tensors]) if sizes == self._sizes else None
 
 
 def fits(x: torch.Tensor) -> bool:

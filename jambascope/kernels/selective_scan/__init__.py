@@ -28,6 +28,7 @@ from jambascope.kernels.selective_scan.interface import (
     StateEdits,
     checked_indices,
     make_marks,
+    step_size_of,
 )
 
 __all__ = ["ScanResult", "StateEdits", "selective_scan", "step_size"]
@@ -161,8 +162,7 @@ def _packed_scan(scan, x, dt, A, B, C, D, options: Options, bounds: np.ndarray, 
     initial_state = options.initial_state if initial_rows is None else picked(options.initial_state, initial_rows)
     if options.dt_softplus or options.dt_bias is not None:
         dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
-        dt = dt if options.dt_bias is None else dt + options.dt_bias.to(dt.dtype)
-        dt = F.softplus(dt) if options.dt_softplus else dt
+        dt = step_size_of(dt, options.dt_bias, options.dt_softplus)
     options = options._replace(dt_bias=None, dt_softplus=False)
 
     def run(over_time, of_rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,7 +68,7 @@ def step_sizes_of_low_rank(call):
     while start < stop:
         for e0 in range(0, E, LANES):
             into = out + (start * E + e0) * FLOAT
-            _raise_steps(stop - start, dt, start, ranks, dt_weight, E, dt_bias, e0, True, into, E)
+            _low_rank_steps(stop - start, dt, start, ranks, dt_weight, E, dt_bias, e0, True, into, E)
         start, stop = next_items(call)
 
 
@@ -147,7 +147,7 @@ def _forward(
             if s == 0:
                 count = min(ahead, last - i)
                 if ranks:
-                    _raise_steps(count, dt, i, ranks, dt_weight, E, dt_bias, e0, dt_softplus, steps, LANES)
+                    _low_rank_steps(count, dt, i, ranks, dt_weight, E, dt_bias, e0, dt_softplus, steps, LANES)
                 else:
                     _steps(count, dt, i * E + e0, E, dt_bias, e0, dt_softplus, steps)
                 _decays(count, steps, a, steepest, N, decay)
@@ -213,7 +213,7 @@ def _steps(count, dt, at, row, dt_bias, e0, dt_softplus, into):
 
 
 @njit(fastmath=FAST)
-def _raise_steps(count, dt, first, ranks, dt_weight, E, dt_bias, e0, dt_softplus, into, apart):
+def _low_rank_steps(count, dt, first, ranks, dt_weight, E, dt_bias, e0, dt_softplus, into, apart):
     """The same, of dt [. ranks] times dt_weight [ranks E]; positions stand ``apart``."""
     bias = load(dt_bias, e0) if dt_bias else splat(ZERO)
     for s in range(count):

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 
 from jambascope.errors import InputError
@@ -68,6 +69,12 @@ class Options(NamedTuple):
     edits: StateEdits | None
     """With positions as an int64 array."""
     return_last_state: bool
+
+
+def step_size_of(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
+    """``softplus(dt + bias)``, each only if asked for, in the type of ``dt``."""
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    return F.softplus(dt) if softplus else dt
 
 
 def make_marks(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum
 
-from jambascope.kernels.selective_scan.interface import PADDING, RESET, Options, ScanResult
+from jambascope.kernels.selective_scan.interface import PADDING, RESET, Options, ScanResult, step_size_of
 
 
 def selective_scan(
@@ -39,10 +39,7 @@ def selective_scan(
     out_dtype, x, dt, A, B, C = x.dtype, x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
     h = options.initial_state
     h = x.new_zeros(batch, d_inner, A.shape[1]) if h is None else h.to(dtype)
-    if options.dt_bias is not None:
-        dt = dt + options.dt_bias.to(dtype)
-    if options.dt_softplus:
-        dt = F.softplus(dt)
+    dt = step_size_of(dt, options.dt_bias, options.dt_softplus)
     padding = resets = None
     if options.marks is not None:
         padding, resets = (options.marks & PADDING).bool(), (options.marks & RESET).bool()

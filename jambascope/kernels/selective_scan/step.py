@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from jambascope.errors import ConfigError, InputError
 from jambascope.kernels import triton_runtime
+from jambascope.kernels.selective_scan.interface import step_size_of
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("reference", "cpu", "triton")
@@ -70,10 +71,7 @@ def _update(state, x, dt, A, B, C, D, gate, dt_bias, dt_softplus):
     """In torch: any device and dtype, differentiable."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y_dtype, x, dt, A, B, C = x.dtype, x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
+    dt = step_size_of(dt, dt_bias, dt_softplus)
     h = torch.exp(dt[..., None] * A) * state.to(dtype) + (dt * x)[..., None] * B[:, None]
     y = einsum(h, C, "b e n, b n -> b e")
     if D is not None:
